@@ -1,0 +1,169 @@
+"""Every setting there is, with its type and default. A key that is not here does not exist.
+
+The Hydra files under ``conf/`` and ``research/<family>/conf/`` only give values; composition
+(:mod:`research.core.config.compose`) merges them into these dataclasses, so a typo or a wrong type is found before
+anything starts. Lengths count tokens, sizes count elements, fractions lie in [0, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ModelConfig:
+    """One model: the name users type, and the keys of its ``config.json`` (``hf``)."""
+
+    name: str = "???"
+    family: str = "???"  # qwen | qwen1_5 | qwen2 | qwen2_5
+    hub_id: str | None = None  # where `make weights` finds it
+    template: str | None = None  # chat template; None: the family's
+    tokenizer: str = "hub"  # hub: files beside the weights; builtin: the byte-level BPE trained on Python's own text
+    embedding: bool = False  # last-token embedding instead of logits (gte)
+    hf: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """What is trained on, and how a record becomes tokens."""
+
+    source: str = "skills"  # a built-in name (skills) or a file, folder or glob; several separated by commas
+    format: str = (
+        "auto"  # auto | alpaca | messages | sharegpt | text | wikitext | skills (files .json .jsonl .gz .parquet .txt)
+    )
+    seq_length: int = 512
+    supervise: str = "assistant"  # assistant | last | all | mindformers
+    packing: bool = True
+    on_long: str = "truncate"  # truncate | drop | error
+    system: str | None = None  # replaces the template's default system prompt; "" for none
+    max_records: int | None = None
+    eval_records: int = 256  # held out from the end of a seeded shuffle, never trained
+    eval_fraction: float = 0.05  # upper bound of the held-out part
+    workers: int = 0  # processes that tokenise; 0: one per core
+    shuffle: bool = True
+    seed: int = 1234
+    max_truncated: float | None = None  # audit findings that become errors: share of records truncated,
+    max_dropped: float | None = None  # share of records dropped,
+    min_supervised: float | None = None  # and the least share of tokens supervised
+    dump: str | None = None  # write {"id","input_ids","labels"} per record, before packing
+    output: str | None = None  # dataset folder; None: in the run folder
+    folder: str | None = None  # use this prepared dataset folder instead of preparing one
+    skills: list[str] = field(default_factory=list)  # of the built-in set; empty: all of its training mix
+    skills_records: int = 40000
+
+
+@dataclass
+class TrainConfig:
+    """The optimisation. A step is one optimiser update over ``micro_batch * accumulation * cards`` sequences."""
+
+    steps: int | None = None
+    epochs: float | None = None  # used when steps is null
+    max_minutes: float | None = None  # stop in good order after this time, schedule fitted to it
+    micro_batch: int = 1  # sequences of seq_length per forward
+    accumulation: int = 1
+    lr: float = 1e-5
+    min_lr_ratio: float = 0.1
+    schedule: str = "cosine"  # cosine | linear | constant | wsd
+    warmup_steps: int | None = None  # None: 3 % of the steps
+    decay_ratio: float = 0.2  # wsd: share of the steps that decay
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    dtype: str = "auto"  # compute: fp32 | bf16; auto: bf16 where the device multiplies it faster
+    master: str = "fp32"  # fp32 | same: dtype of the stored weights and optimiser state
+    checkpointing: str = "none"  # activations: none | selective | full
+    compile: bool = False  # torch.compile of each block
+    head_chunk: int = 1024  # rows of logits that exist at one time
+    router_aux: float | None = None  # MoE load-balance coefficient; None: the model's
+    seed: int = 1234
+    log_every: int = 10
+    eval_every: int = 0  # steps; 0: at the end only
+    sample_every: int = 0
+    save_every: int = 0  # steps; 0: at the end only
+    keep_last: int = 2
+    async_save: bool = True
+    resume: bool = False
+    from_scratch: bool | None = None  # None: only for models without published weights, and for task=pretrain
+    export: bool = True  # write weights/ in Hugging Face format at the end
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685), in the terms of PEFT's adapter_config.json."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: Any = "all-linear"  # a list of names, a regular expression, or all-linear
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    adapter: str | None = None  # start from this PEFT folder
+
+
+@dataclass
+class GenerateConfig:
+    """Decoding. ``temperature=0`` is greedy."""
+
+    max_new_tokens: int = 256
+    temperature: float | None = None  # None: the checkpoint's generation_config.json, else 0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int = 0
+    raw: bool = False  # continue the plain text, no template
+    system: str | None = None
+    dtype: str = "auto"
+    batch: int = 8
+    compile: bool = False
+
+
+@dataclass
+class ParallelConfig:
+    """Cards and nodes; ``shard=full`` splits weights, gradients and optimiser state over them (FSDP2)."""
+
+    cards: int = 1  # processes on this node
+    nodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+    shard: str = "none"  # none | full
+    timeout_s: int = 600
+
+
+@dataclass
+class DeviceConfig:
+    kind: str = "auto"  # auto | cpu | cuda | npu
+    attention: str = "auto"  # auto | sdpa | reference | npu
+    threads: int = 0  # CPU threads; 0: every core
+
+
+@dataclass
+class TaskConfig:
+    name: str = "finetune"
+
+
+@dataclass
+class Config:
+    """The whole configuration, as written to ``config.yaml`` in the run folder."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    backend: str = "torch"  # torch | mindspore
+    weights: str | None = None  # a weight folder in Hugging Face format, or a run folder
+    adapter: str | None = None  # a PEFT adapter folder put on the weights (predict, chat, merge)
+    tokenizer: str | None = None  # folder of the vocabulary, when it is not beside the weights
+    run: str | None = None  # the run folder to write or to go on with; None: runs/<task>/<model>/<time>
+    prompt: str | None = None  # predict: one prompt; or
+    prompts: str | None = None  # a file with one prompt a line (.txt) or {"prompt"} / {"messages"} records (.jsonl)
+    output: str | None = None  # export, merge: the folder to write
+    allow_special: bool = False  # let control tokens inside a user's text become control tokens
