@@ -1,0 +1,134 @@
+"""From logits to the next token: greedy, temperature, top-k, top-p and repetition penalty.
+
+The order and the meaning of each filter are those of transformers' ``generate``: repetition penalty, temperature,
+top-k, top-p. Shape letters: B rows, V vocabulary, K candidates that are left after the filters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from research.core.errors import ConfigError
+
+# With top-p alone the whole vocabulary would have to be sorted; the nucleus nearly always lies in this many.
+_NUCLEUS_GUESS = 1024
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request chooses its tokens.
+
+    ``temperature=0`` is greedy (the repetition penalty still applies). ``top_k=0`` and ``top_p=1`` filter nothing.
+    ``repetition_penalty`` divides the positive and multiplies the negative logits of every token that is already in the
+    prompt or the answer (CTRL, arXiv 1909.05858). ``seed`` starts the request's own random stream.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(
+            math.isfinite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or more"
+        )
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (no limit) or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        penalty = self.repetition_penalty
+        _require(math.isfinite(penalty) and penalty > 0, "repetition_penalty", penalty, "above 0; 1 is none")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def _require(holds: bool, name: str, value: float, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{value} is not possible", where=f"generate.{name}", hint=f"a value {allowed}")
+
+
+class Sampler:
+    """The random streams and seen tokens of a batch of requests.
+
+    ``samplings`` and ``prompts`` have one entry per row. Each row draws exactly one number per token from a generator of
+    its own, so its answer does not depend on what else is in the batch.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]], vocab: int):
+        self.samplings = list(samplings)
+        self.plain_greedy = all(s.greedy and s.repetition_penalty == 1 for s in self.samplings)
+        self._generators = [torch.Generator().manual_seed(s.seed) for s in self.samplings]
+        self._seen: list[torch.Tensor | None] = [None] * len(self.samplings)
+        for row, (sampling, prompt) in enumerate(zip(self.samplings, prompts, strict=True)):
+            if sampling.repetition_penalty != 1:
+                seen = torch.zeros(vocab, dtype=torch.bool)
+                seen[torch.as_tensor(list(prompt), dtype=torch.long)] = True
+                self._seen[row] = seen
+
+    def __call__(self, logits_BV: torch.Tensor, rows: Sequence[int] | None = None) -> list[int]:
+        """Choose one token for each of ``rows`` (default: all, in order) from float ``logits_BV``, one line per row."""
+        if self.plain_greedy:
+            return logits_BV.argmax(-1).tolist()
+        rows = range(len(self.samplings)) if rows is None else rows
+        return [self._choose(logits_V, row) for logits_V, row in zip(logits_BV, rows, strict=True)]
+
+    def _choose(self, logits_V: torch.Tensor, row: int) -> int:
+        sampling, seen = self.samplings[row], self._seen[row]
+        scores_V = logits_V.float()
+        if seen is not None:
+            scores_V = penalize(scores_V, seen.to(scores_V.device), sampling.repetition_penalty)
+        if sampling.greedy:
+            token = int(scores_V.argmax())
+        else:
+            probs_K, ids_K = candidates(scores_V, sampling)
+            token = int(ids_K[draw(probs_K, self._generators[row])])
+        if seen is not None:
+            seen[token] = True
+        return token
+
+
+def penalize(scores_V: torch.Tensor, seen_V: torch.Tensor, penalty: float) -> torch.Tensor:
+    """``scores_V`` with the repetition penalty on the tokens marked in the boolean ``seen_V``."""
+    return torch.where(seen_V, torch.where(scores_V < 0, scores_V * penalty, scores_V / penalty), scores_V)
+
+
+def candidates(scores_V: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that temperature, top-k and top-p leave: probabilities (float32, falling, sum 1) and ids, both [K].
+
+    As in transformers, ties with the k-th score stay, and a token stays while the mass before it is below ``top_p``.
+    """
+    scores_V = scores_V / sampling.temperature
+    vocab = scores_V.shape[-1]
+    if sampling.top_k and sampling.top_k < vocab:
+        scores_K, ids_K = torch.topk(scores_V, sampling.top_k)
+        ties = (scores_V >= scores_K[-1]).nonzero().squeeze(-1)
+        if len(ties) > sampling.top_k:
+            scores_K, order = scores_V[ties].sort(descending=True, stable=True)
+            ids_K = ties[order]
+        log_total = torch.logsumexp(scores_K, -1)
+    else:
+        log_total = torch.logsumexp(scores_V, -1)
+        if sampling.top_p == 1:
+            return torch.exp(scores_V - log_total), torch.arange(vocab, device=scores_V.device)
+        scores_K, ids_K = torch.topk(scores_V, min(_NUCLEUS_GUESS, vocab))
+        if torch.exp(torch.logsumexp(scores_K, -1) - log_total) < sampling.top_p:
+            scores_K, ids_K = scores_V.sort(descending=True)
+    probs_K = torch.exp(scores_K - log_total)
+    if sampling.top_p < 1:
+        before_K = probs_K.double().cumsum(-1) - probs_K.double()
+        kept = max(1, int((before_K < sampling.top_p).sum()))
+        probs_K, ids_K = probs_K[:kept], ids_K[:kept]
+        probs_K = probs_K / probs_K.sum()
+    return probs_K, ids_K
+
+
+def draw(probs_K: torch.Tensor, generator: torch.Generator) -> int:
+    """An index into ``probs_K``, by inverting its cumulative sum at one uniform number of ``generator``."""
+    cumulative_K = probs_K.double().cumsum(-1)
+    point = torch.rand((), generator=generator, dtype=torch.float64).to(cumulative_K.device) * cumulative_K[-1]
+    return min(int(torch.searchsorted(cumulative_K, point, right=True)), len(cumulative_K) - 1)
