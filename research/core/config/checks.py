@@ -1,0 +1,142 @@
+"""Checks of values and of settings against each other, before anything starts."""
+
+from __future__ import annotations
+
+from research.core.config.names import did_you_mean
+from research.core.config.schema import Config
+from research.core.errors import ConfigError
+
+CHOICES = {
+    "backend": ("torch", "mindspore"),
+    "data.format": ("auto", "alpaca", "messages", "sharegpt", "text", "wikitext", "skills"),
+    "data.supervise": ("assistant", "last", "all", "mindformers"),
+    "data.on_long": ("truncate", "drop", "error"),
+    "train.schedule": ("cosine", "linear", "constant", "wsd"),
+    "train.dtype": ("auto", "fp32", "bf16"),
+    "train.master": ("fp32", "same"),
+    "train.checkpointing": ("none", "selective", "full"),
+    "generate.dtype": ("auto", "fp32", "bf16"),
+    "parallel.shard": ("none", "full"),
+    "device.kind": ("auto", "cpu", "cuda", "npu"),
+    "device.attention": ("auto", "sdpa", "reference", "npu"),
+    "model.family": ("qwen", "qwen1_5", "qwen2", "qwen2_5"),
+    "model.tokenizer": ("hub", "builtin"),
+}
+
+# key: (lowest, whether the lowest itself is allowed, highest)
+RANGES = {
+    "train.lr": (0, False, 10),
+    "train.min_lr_ratio": (0, True, 1),
+    "train.decay_ratio": (0, True, 1),
+    "train.steps": (1, True, None),
+    "train.epochs": (0, False, None),
+    "train.max_minutes": (0, False, None),
+    "train.micro_batch": (1, True, None),
+    "train.accumulation": (1, True, None),
+    "train.warmup_steps": (0, True, None),
+    "train.weight_decay": (0, True, None),
+    "train.beta1": (0, True, 0.9999999),
+    "train.beta2": (0, True, 0.9999999),
+    "train.eps": (0, False, None),
+    "train.clip_norm": (0, False, None),
+    "train.head_chunk": (1, True, None),
+    "train.log_every": (1, True, None),
+    "train.eval_every": (0, True, None),
+    "train.sample_every": (0, True, None),
+    "train.save_every": (0, True, None),
+    "train.keep_last": (1, True, None),
+    "train.router_aux": (0, True, None),
+    "data.seq_length": (2, True, None),
+    "data.max_records": (1, True, None),
+    "data.eval_records": (0, True, None),
+    "data.eval_fraction": (0, True, 0.9),
+    "data.workers": (0, True, None),
+    "data.max_truncated": (0, True, 1),
+    "data.max_dropped": (0, True, 1),
+    "data.min_supervised": (0, True, 1),
+    "data.skills_records": (100, True, None),
+    "lora.rank": (1, True, None),
+    "lora.alpha": (0, False, None),
+    "lora.dropout": (0, True, 0.999),
+    "generate.max_new_tokens": (1, True, None),
+    "generate.temperature": (0, True, None),
+    "generate.top_k": (0, True, None),
+    "generate.top_p": (0, False, 1),
+    "generate.repetition_penalty": (0, False, None),
+    "generate.batch": (1, True, None),
+    "parallel.cards": (1, True, None),
+    "parallel.nodes": (1, True, None),
+    "parallel.node_rank": (0, True, None),
+    "parallel.master_port": (1, True, 65535),
+    "parallel.timeout_s": (1, True, None),
+    "device.threads": (0, True, None),
+}
+
+
+def check(config: Config) -> None:
+    """Raise :class:`ConfigError` for the first value out of its choices or range, or at odds with another setting."""
+    for key, options in CHOICES.items():
+        value = _get(config, key)
+        if value not in options:
+            raise ConfigError(
+                f"{value!r} is not a choice", where=f"{key}={value}", hint=did_you_mean(str(value), options)
+            )
+    for key, (low, low_allowed, high) in RANGES.items():
+        _check_range(key, _get(config, key), low, low_allowed, high)
+    _check_together(config)
+
+
+def _check_range(key: str, value, low, low_allowed: bool, high) -> None:
+    if value is None:
+        return
+    if value != value or value < low or (value == low and not low_allowed) or (high is not None and value > high):
+        bound = f"at least {low}" if low_allowed else f"greater than {low}"
+        bound += "" if high is None else f" and at most {high}"
+        raise ConfigError(f"must be {bound}", where=f"{key}={value}", hint=_EXAMPLES.get(key))
+
+
+_EXAMPLES = {
+    "train.lr": "train.lr=1e-5 for full fine-tuning, 1e-4 for LoRA, 1e-3 for a tiny model from scratch",
+    "data.seq_length": "data.seq_length=2048",
+}
+
+
+def _check_together(config: Config) -> None:
+    parallel, train = config.parallel, config.train
+    if parallel.node_rank >= parallel.nodes:
+        raise ConfigError(
+            f"must be below parallel.nodes={parallel.nodes}",
+            where=f"parallel.node_rank={parallel.node_rank}",
+            hint=f"NODE_RANK=0 to {parallel.nodes - 1}, one per node",
+        )
+    if parallel.nodes > 1 and parallel.master_addr in ("127.0.0.1", "localhost"):
+        raise ConfigError(
+            "several nodes cannot meet at a loopback address",
+            where=f"parallel.master_addr={parallel.master_addr}",
+            hint="MASTER_ADDR=<address of node 0>",
+        )
+    if config.task.name in ("pretrain", "finetune", "lora") and not (train.steps or train.epochs or train.max_minutes):
+        raise ConfigError(
+            "training needs an end: train.steps, train.epochs and train.max_minutes are all null",
+            where="train",
+            hint="ARGS=train.epochs=1",
+        )
+    if config.prompt is not None and config.prompts is not None:
+        raise ConfigError(
+            "prompt and prompts are both set", where="prompts", hint="give one of PROMPT=... and prompts=FILE"
+        )
+    if train.resume and config.run is None:
+        raise ConfigError(
+            "resuming needs the run folder to go on with",
+            where="train.resume=true",
+            hint="make finetune RUN=<folder> ARGS=train.resume=true",
+        )
+    if config.backend == "mindspore":
+        raise ConfigError("this version runs on torch only", where="backend=mindspore", hint="BACKEND=torch")
+
+
+def _get(config: Config, key: str):
+    value = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value

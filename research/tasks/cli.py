@@ -1,0 +1,72 @@
+"""The entry of every task: words to configuration, configuration to the task's ``run``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from research.core.config.compose import compose, from_yaml, group_options, translate_flags
+from research.core.config.schema import Config
+from research.core.errors import ConfigError, run_cli
+
+# Tasks that go on from a run folder take its model unless another is named.
+_FROM_RUN = ("predict", "chat", "export", "merge")
+
+
+def main(argv: Sequence[str] | None = None, family: str | None = None) -> int:
+    """Run the task that ``argv`` names; returns the exit status. ``family`` is that of the script it was called by."""
+    return run_cli(lambda words: run_task(words, family), argv)
+
+
+def run_task(words: Sequence[str], family: str | None = None) -> int:
+    """Compose ``words`` and run the task; raises UserError for what a user can mend."""
+    if any(word in ("-h", "--help", "help") for word in words):
+        print(_help())
+        return 0
+    config = compose(words)
+    named = {word.split("=", 1)[0] for word in translate_flags(words)}
+    if "model" not in named:
+        _model_from_folder(config)
+    elif family is not None and config.model.family != family:
+        raise ConfigError(
+            f"{config.model.name} is a model of the family {config.model.family}, not {family}",
+            where=f"research/{family}/run_{family}.py",
+            hint=f"python research/{config.model.family}/run_{config.model.family}.py",
+        )
+    return importlib.import_module(f"research.tasks.{config.task.name}").run(config)
+
+
+def _model_from_folder(config: Config) -> None:
+    # Without MODEL, a run folder or a weight folder says itself which model it is.
+    from research.tasks.sources import model_of_folder
+
+    if config.task.name in _FROM_RUN or config.train.resume:
+        for folder in (config.weights, config.run):
+            if folder and (Path(folder) / "config.yaml").is_file():
+                config.model = from_yaml(Path(folder) / "config.yaml").model
+                return
+    if config.weights and (Path(config.weights) / "config.json").is_file():
+        config.model = model_of_folder(Path(config.weights))
+
+
+def command_line(words: Sequence[str] | None = None) -> str:
+    """The command that started this process, as written to ``command.txt``."""
+    import shlex
+
+    words = sys.argv if words is None else words
+    return shlex.join([os.path.basename(sys.executable), *words])
+
+
+def _help() -> str:
+    return "\n".join(
+        [
+            "usage: run_<family>.py task=TASK model=MODEL [setting=value ...]",
+            f"tasks: {', '.join(group_options('task'))}",
+            f"models: {', '.join(group_options('model'))}",
+            f"data sets: {', '.join(group_options('data'))}, or a file, folder or glob",
+            "settings: research/core/config/schema.py; README.md has examples",
+        ]
+    )
