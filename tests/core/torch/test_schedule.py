@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from research.core.errors import ConfigError
 from research.core.torch.schedule import default_warmup, learning_rate, lr_factor
 
-COMMON = dict(peak=2.0, min_ratio=0.1, decay_ratio=0.2)
+COMMON = {"peak": 2.0, "min_ratio": 0.1, "decay_ratio": 0.2}
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
@@ -17,7 +18,7 @@ def test_schedule_warms_up_to_peak_and_ends_at_the_minimum(kind):
     rates = [learning_rate(s, kind=kind, steps=100, warmup_steps=10, **COMMON) for s in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0)
     assert rates[-1] == pytest.approx(0.2)
-    assert all(a >= b - 1e-12 for a, b in zip(rates[9:], rates[10:]))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates))
 
 
 def test_cosine_is_half_way_between_peak_and_minimum_in_the_middle():
