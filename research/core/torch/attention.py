@@ -1,0 +1,126 @@
+"""Attention: one interface, three backends (sdpa, reference, npu).
+
+Shape letters: B batch, T query time, S key time, H query heads, K kv heads, D head_dim, N = B * T tokens,
+G rows and L padded length of a group of documents (see :mod:`research.core.torch.layout`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from research.core.errors import ConfigError
+from research.core.torch.layout import Groups, Layout
+
+BACKENDS = ("auto", "sdpa", "reference", "npu")
+
+
+def resolve_backend(name: str, device: torch.device | str) -> str:
+    """``auto`` -> the backend of this device. Raises :class:`ConfigError` for a name that does not exist here."""
+    kind = torch.device(device).type
+    if name not in BACKENDS:
+        raise ConfigError(f"attention backend {name!r} is not one of {', '.join(BACKENDS)}", where="device.attention")
+    if name == "npu" and kind not in ("npu", "meta"):
+        raise ConfigError(
+            f"the npu attention operator does not run on {kind}", where="device.attention", hint="device.attention=auto"
+        )
+    if name == "auto":
+        return "npu" if kind == "npu" else "sdpa"
+    return name
+
+
+def attend(
+    q_BTHD: Tensor,
+    k_BSKD: Tensor,
+    v_BSKD: Tensor,
+    layout: Layout,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    backend: str = "sdpa",
+) -> Tensor:
+    """Softmax(q k^T / sqrt(D)) v with grouped kv heads -> [B, T, H, D] in q's dtype.
+
+    ``layout`` says which tokens see which; ``window`` limits a query to the last ``window`` keys (itself included).
+    """
+    if backend == "reference":
+        return _reference(q_BTHD, k_BSKD, v_BSKD, layout.allowed(causal, window))
+    if backend == "npu":
+        from research.core.torch.attention_npu import attend_npu
+
+        return attend_npu(q_BTHD, k_BSKD, v_BSKD, layout, causal=causal, window=window)
+    if layout.groups is not None:
+        return _grouped(q_BTHD, k_BSKD, v_BSKD, layout.groups, causal, window)
+    if layout.needs_mask(causal, window):
+        return _sdpa(q_BTHD, k_BSKD, v_BSKD, layout.allowed(causal, window))
+    return _sdpa(q_BTHD, k_BSKD, v_BSKD, None, causal=causal and layout.time > 1)
+
+
+def _reference(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, allowed_B1TS: Tensor) -> Tensor:
+    heads, kv_heads = q_BTHD.shape[2], k_BSKD.shape[2]
+    share = heads // kv_heads
+    q = q_BTHD.float().transpose(1, 2)
+    k = k_BSKD.float().repeat_interleave(share, dim=2).transpose(1, 2)
+    v = v_BSKD.float().repeat_interleave(share, dim=2).transpose(1, 2)
+    scores_BHTS = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores_BHTS = scores_BHTS.masked_fill(~allowed_B1TS, float("-inf"))
+    return (scores_BHTS.softmax(-1) @ v).transpose(1, 2).to(q_BTHD.dtype)
+
+
+def _sdpa(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    q, k, v = q_BTHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and mask is not None and q.device.type == "cuda":
+        # On CUDA no fused kernel takes both a mask and grouped heads; expanding keeps the memory-efficient one.
+        share = q.shape[1] // k.shape[1]
+        k, v, grouped = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1), False
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+class _Move(torch.autograd.Function):
+    """Rows of ``x`` to new places. The inverse places are known, so backward is a gather too, not a scattered sum."""
+
+    @staticmethod
+    def forward(ctx, x, index, real, back, back_real):
+        ctx.save_for_backward(back, back_real)
+        moved = x.index_select(0, index)
+        return moved if real is None else moved.mul_(real[:, None])
+
+    @staticmethod
+    def backward(ctx, grad):
+        back, back_real = ctx.saved_tensors
+        moved = grad.contiguous().index_select(0, back)
+        return (moved if back_real is None else moved.mul_(back_real[:, None])), None, None, None, None
+
+
+def _grouped(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, g: Groups, causal: bool, window: int | None) -> Tensor:
+    batch, time, heads, dim = q_BTHD.shape
+
+    def gather(x: Tensor) -> Tensor:
+        return _Move.apply(x.reshape(batch * time, -1), g.to_slot, None, g.to_token, g.token_real)
+
+    q, k, v = gather(q_BTHD), gather(k_BSKD), gather(v_BSKD)
+    outs, begin, first = [], 0, 0
+    for rows, length in g.shapes:
+        end = begin + rows * length
+        part = [x[begin:end].view(rows, length, -1, dim) for x in (q, k, v)]
+        mask = _group_mask(g.lengths[first : first + rows], length, causal, window)
+        outs.append(_sdpa(*part, mask, causal=causal and mask is None).reshape(rows * length, heads * dim))
+        begin, first = end, first + rows
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    out = _Move.apply(out, g.to_token, g.token_real, g.to_slot, g.slot_real)
+    return out.view(batch, time, heads, dim)
+
+
+def _group_mask(lengths: Tensor, length: int, causal: bool, window: int | None) -> Tensor | None:
+    """Mask [G or 1, 1, L or 1, L] of a group; None where a plain causal one says it all."""
+    narrow = window is not None and window < length
+    if causal and not narrow:
+        return None
+    place = torch.arange(length, device=lengths.device)
+    mask = (place <= place[:, None])[None] if causal else (place < lengths[:, None])[:, None]
+    if narrow:
+        mask = mask & (place > place[:, None] - window) | (place == place[:, None])
+    return mask[:, None]
