@@ -103,11 +103,15 @@ def from_hub(
         ) from None
 
 
-def dataset_from_hub(source: str) -> str:
-    """``hub:Org/Name:pattern`` -> a glob of the downloaded files."""
+def resolve_data(cfg: Config) -> str:
+    """``data.source``, with ``hub:Org/Name:pattern`` replaced by a glob of the downloaded files."""
+    source = cfg.data.source
+    if not source.startswith("hub:"):
+        return source
     from huggingface_hub import snapshot_download
 
     _, name, pattern = source.split(":", 2)
+    say(f"data: {name} from the hub")
     try:
         return str(Path(snapshot_download(name, repo_type="dataset", allow_patterns=[pattern])) / pattern)
     except Exception as error:

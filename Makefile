@@ -1,0 +1,79 @@
+# The front door. `make help` lists the targets; every target prints the one command that it runs.
+
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# What a user sets: make finetune MODEL=qwen1_5_7b CARDS=8 ARGS="train.lr=1e-5 data.seq_length=4096"
+export MODEL CARDS NODES NODE_RANK MASTER_ADDR MASTER_PORT BACKEND DEVICE WEIGHTS ADAPTER TOKENIZER DATA RUN OUTPUT
+# To the letter: a prompt may hold dollar signs that make would expand.
+export QWEN_PROMPT := $(value PROMPT)
+export PY := $(BIN)/python
+
+TASKS := data pretrain finetune lora predict chat export merge
+
+.PHONY: help setup $(TASKS) test test-fast bench lint format clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo '  Variables: MODEL CARDS NODES NODE_RANK MASTER_ADDR MASTER_PORT BACKEND DEVICE WEIGHTS ADAPTER TOKENIZER'
+	@echo '             DATA RUN OUTPUT PROMPT, and ARGS="setting=value ..." for everything else'
+	@echo '  Settings:  research/core/config/schema.py'
+
+setup: $(VENV)/.ready ## create .venv with the pinned requirements (every target does it by itself)
+
+data: $(VENV)/.ready ## tokenise, pack and audit a data set: make data DATA=alpaca_data.json MODEL=qwen2_5_7b TOKENIZER=folder
+	@scripts/task.sh data $(ARGS)
+
+pretrain: $(VENV)/.ready ## train on plain text: make pretrain DATA=wikitext MODEL=qwen2_5_tiny
+	@scripts/task.sh pretrain $(ARGS)
+
+finetune: $(VENV)/.ready ## train all weights on conversations; without variables: the quick start, nothing to download
+	@scripts/task.sh finetune $(ARGS)
+
+lora: $(VENV)/.ready ## train a low-rank adapter: make lora MODEL=qwen2_5_0_5b DATA=alpaca_data.json
+	@scripts/task.sh lora $(ARGS)
+
+predict: $(VENV)/.ready ## answer one prompt: make predict PROMPT='What is 2 + 3?' [RUN=runs/...]
+	@scripts/task.sh predict $(ARGS)
+
+chat: $(VENV)/.ready ## talk to a model, on the terminal or over a pipe
+	@scripts/task.sh chat $(ARGS)
+
+export: $(VENV)/.ready ## write a run's newest checkpoint as a Hugging Face folder: make export RUN=runs/... OUTPUT=folder
+	@scripts/task.sh export $(ARGS)
+
+merge: $(VENV)/.ready ## fold an adapter into its weights: make merge WEIGHTS=folder ADAPTER=folder OUTPUT=folder
+	@scripts/task.sh merge $(ARGS)
+
+test: $(VENV)/.ready-dev ## every test
+	$(BIN)/python -m pytest -n 2
+
+test-fast: $(VENV)/.ready-dev ## the tests that take seconds
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+bench: $(VENV)/.ready-dev ## every benchmark, each beside its peer; results as JSON lines
+	@scripts/bench.sh $(ARGS)
+
+lint: $(VENV)/.ready-dev ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.ready-dev ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.ready: requirements.txt
+	@scripts/setup.sh requirements.txt $@
+
+$(VENV)/.ready-dev: requirements/dev.txt requirements.txt
+	@scripts/setup.sh requirements/dev.txt $@
+	@touch $(VENV)/.ready

@@ -1,0 +1,116 @@
+"""Composition: a typo costs a second, text is taken to the letter, and every configuration there is composes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research.core.config.compose import compose, from_yaml, group_options, to_yaml
+from research.core.errors import ConfigError
+from research.registry import model_files, model_spec
+
+
+@pytest.mark.parametrize("model", sorted(model_files()))
+def test_every_model_composes_and_is_its_own_name(model):
+    config = compose([f"model={model}"])
+    assert config.model.name == model
+    assert model_spec(config.model, tokens=1000).layers == config.model.hf["num_hidden_layers"]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        f"{group}={name}"
+        for group in ("task", "data", "train", "parallel", "device", "debug")
+        for name in group_options(group)
+        if name != "file"  # data=file is chosen by data=PATH, which gives its source
+    ],
+)
+def test_every_group_option_composes(word):
+    assert compose([word])
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("train.lrr=1", "train.lr?"),
+        ("modle=qwen_7b", "model?"),
+        ("model=qwen2_5_tny", "qwen2_5_tiny?"),
+        ("task=fintune", "finetune?"),
+        ("train.schedule=cosin", "cosine?"),
+        ("data=wikitxt", "wikitext?"),
+        ("--run_mod=predict", "--run_mode?"),
+        ("--run_mode=predikt", "predict?"),
+        ("train.lr=abc", "train.lr"),
+        ("train.lr=0", "greater than 0"),
+        ("train.lr=-1e-5", "greater than 0"),
+        ("train.lr=nan", "greater than 0"),
+        ("train.steps=1.5", "train.steps"),
+        ("lora.rank=0", "at least 1"),
+        ("generate.top_p=1.5", "at most 1"),
+        ("model.hff=1", "model.hf?"),
+        ("train", "setting=value"),
+        ("train.lr=[1", "[1"),
+        ("train.resume=true", "RUN=<folder>"),
+    ],
+)
+def test_wrong_setting_names_itself_and_what_to_write(word, says):
+    with pytest.raises(ConfigError) as caught:
+        compose([word])
+    assert says in str(caught.value)
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ConfigError, match="node_rank"):
+        compose(["parallel.node_rank=2", "parallel.nodes=2", "parallel.master_addr=10.0.0.1"])
+    with pytest.raises(ConfigError, match="loopback"):
+        compose(["parallel.nodes=2"])
+    with pytest.raises(ConfigError, match="needs an end"):
+        compose(["task=lora", "train.epochs=null"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(lambda text: text != "null"))
+def test_prompt_is_taken_to_the_letter(tmp_path_factory, text):
+    config = compose([f"prompt={text}"])
+    assert config.prompt == text
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert from_yaml(path) == config
+
+
+def test_prompt_with_the_grammar_of_every_tool_in_between():
+    text = "it's \"${HOME}\" [a, b] = \\' c:\\dir \\${x} \n 你好"
+    assert compose([f"prompt={text}"]).prompt == text
+
+
+def test_data_may_be_a_file(tmp_path):
+    source = tmp_path / "my data, 1.jsonl"
+    source.write_text("{}")
+    config = compose([f"data={source}"])
+    assert config.data.source == str(source)
+    assert config.data.format == "auto"  # nothing inherited from the default data set
+
+
+def test_mindformers_flags_become_settings(tmp_path):
+    config = compose(
+        ["--run_mode", "predict", "--load_checkpoint", "/w", "--predict_data", "hello, world", "--seq_length=128"]
+        + ["--vocab_file", "/v/vocab.json", "--merges_file", "/v/merges.txt"]
+    )
+    assert config.task.name == "predict"
+    assert (config.weights, config.prompt, config.data.seq_length) == ("/w", "hello, world", 128)
+    assert config.tokenizer == "/v"
+
+
+def test_importing_the_ground_floor_loads_no_framework():
+    code = (
+        "import sys, research.core.config.compose, research.core.data.dataset, research.core.text.tokenizer, "
+        "research.core.weights.keys, research.core.run.folder, research.tasks.cli, research.registry\n"
+        "print([name for name in ('torch', 'mindspore', 'transformers') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
