@@ -18,7 +18,7 @@ def test_schedule_warms_up_to_peak_and_ends_at_the_minimum(kind):
     rates = [learning_rate(s, kind=kind, steps=100, warmup_steps=10, **COMMON) for s in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0)
     assert rates[-1] == pytest.approx(0.2)
-    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates[9:]))
 
 
 def test_cosine_is_half_way_between_peak_and_minimum_in_the_middle():
