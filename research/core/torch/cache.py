@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ class KVCache:
         # Zeros, not empty: a masked slot still meets a weight of zero, and zero times NaN is NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.batch, self.length = batch, length
+        self.spec, self.batch, self.length = spec, batch, length
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.used, self.uniform = 0, True
         self.ntk_alpha: Tensor | None = None
@@ -53,3 +55,34 @@ class KVCache:
         self.used = layout.horizon
         self.uniform = self.uniform and layout.added is None
         self.lengths = self.lengths + (layout.time if layout.added is None else layout.added)
+
+    def truncate(self, length: int) -> None:
+        """Forget what lies behind the first ``length`` tokens of the only row; with 0 also its dynamic NTK factor."""
+        assert self.batch == 1 and length <= self.used
+        self.lengths = torch.full_like(self.lengths, length)
+        self.used, self.uniform = length, True
+        if length == 0:
+            self.ntk_alpha = None
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with ``rows`` (rising numbers) only: they move to the front, nothing is allocated."""
+        for place, row in enumerate(rows):
+            if place != row:
+                self.k[:, place, :, : self.used] = self.k[:, row, :, : self.used]
+                self.v[:, place, :, : self.used] = self.v[:, row, :, : self.used]
+        self.batch = len(rows)
+        self.k, self.v = self.k[:, : self.batch], self.v[:, : self.batch]
+        self.lengths = self.lengths[list(rows)]
+        if self.ntk_alpha is not None:
+            self.ntk_alpha = self.ntk_alpha[list(rows)]
+        lengths = set(self.lengths.tolist())
+        self.used, self.uniform = max(lengths, default=0), len(lengths) <= 1
+
+    def grown(self, length: int) -> KVCache:
+        """A copy with room for ``length`` tokens per row."""
+        new = KVCache(self.spec, self.batch, length, self.k.dtype, self.k.device)
+        new.k[:, :, :, : self.used] = self.k[:, :, :, : self.used]
+        new.v[:, :, :, : self.used] = self.v[:, :, :, : self.used]
+        new.lengths, new.used, new.uniform = self.lengths, self.used, self.uniform
+        new.ntk_alpha = self.ntk_alpha
+        return new
