@@ -1,0 +1,103 @@
+"""The README's commands, copied out of it and run in a copy of the repository, as a new user would.
+
+``bash`` blocks are run from top to bottom in one folder. ``console`` blocks need weights, data or cards that are not
+here: each of their commands is composed and checked instead, down to the name of every setting.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# These start this very test, or take longer than all others together.
+NOT_HERE = ("make test", "make test-fast", "make lint", "make bench", "make setup", "make clean", "git clone", "cd ")
+
+
+def blocks(text: str, language: str) -> list[list[str]]:
+    """Commands of each fenced block of ``language``, continuation lines joined, comments dropped."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
+    joined = [block.replace("\\\n", " ").splitlines() for block in found]
+    return [[line.strip() for line in block if line.strip() and not line.startswith("#")] for block in joined]
+
+
+@pytest.fixture(scope="module")
+def copy(repo, tmp_path_factory) -> Path:
+    """The tracked and new files of the repository in an empty folder, with this environment as its .venv."""
+    target = tmp_path_factory.mktemp("clone") / "qwen-workbench"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=repo, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if (repo / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(repo / name, target / name)
+    venv = target / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    for stamp in (".ready", ".ready-dev"):
+        (venv / stamp).touch()
+    return target
+
+
+def run(command: str, folder: Path, **extra: str) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "MAKE", "MFLAGS"))}
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=folder,
+        env=env | {"QWEN_CACHE": str(folder / ".cache")} | extra,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=1200,
+    )
+
+
+@pytest.mark.slow
+def test_the_readme_commands_run_from_top_to_bottom(copy):
+    commands = [line for block in blocks((copy / "README.md").read_text(), "bash") for line in block]
+    ours = [line for line in commands if not line.startswith(NOT_HERE)]
+    assert any(line.startswith("make finetune") for line in ours)
+    for command in ours:
+        done = run(command, copy)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        if command == "make finetune":
+            score = re.search(r"exact match after[^\d]*([\d.]+) ?%", done.stdout + done.stderr)
+            assert score and float(score[1]) >= 90.0, done.stdout[-3000:]
+
+
+def test_the_other_commands_of_the_documents_name_settings_that_exist(copy):
+    checker = copy / "compose_only"
+    checker.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(copy)!r})\n"
+        "from research.core.config.compose import compose\nfrom research.core.errors import run_cli\n"
+        "sys.exit(run_cli(lambda words: print(compose(words).task.name) or 0, sys.argv[2:]))\n"
+    )
+    checker.chmod(0o755)
+    (copy / "alpaca_data.json").write_text("[]")
+    pages = [copy / "README.md", *sorted((copy / "docs").glob("*.md")), *sorted(copy.glob("research/*/README.md"))]
+    checked = 0
+    for page in pages:
+        for command in (line for block in blocks(page.read_text(encoding="utf-8"), "console") for line in block):
+            command = command.split("  #")[0].replace("<folder>", "/folder")
+            if command.startswith("make ") and not command.startswith(NOT_HERE):
+                done = run(f"{command} PY={checker}", copy)
+            elif command.startswith("python research/"):
+                done = run(command.replace("python ", f"{checker} ", 1), copy)
+            else:
+                continue
+            assert done.returncode == 0, f"{page.name}: {command}\n{done.stderr}"
+            checked += 1
+    assert checked >= 10
+
+
+def test_help_lists_every_target(copy):
+    listed = run("make help", copy).stdout
+    targets = re.findall(r"^([a-z-]+):.*## ", (copy / "Makefile").read_text(), flags=re.M)
+    assert targets
+    assert [target for target in targets if f"make {target} " not in listed] == []
