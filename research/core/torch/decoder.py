@@ -39,18 +39,19 @@ class Decoder(nn.Module):
     (``decoder.train()``) always sees the plain rotary.
     """
 
-    def __init__(self, spec: DecoderSpec, attention: str = "auto"):
+    def __init__(self, spec: DecoderSpec, head: bool = True):
+        """``head=False`` leaves out the output matrix (embedding models); :meth:`embed` does not need it."""
         super().__init__()
         self.spec = spec
         self.model = DecoderModel(spec)
-        self.lm_head = nn.Linear(spec.hidden, spec.vocab, bias=False)
+        self.lm_head = nn.Linear(spec.hidden, spec.vocab, bias=False) if head else None
         self.rotary = Rotary(spec)
-        self.attention = attention
+        self.attention = "sdpa"
         self.tie()
 
     def tie(self) -> None:
         """Let the head share the embedding's weight where the spec says so (again after weights were replaced)."""
-        if self.spec.tied:
+        if self.spec.tied and self.lm_head is not None:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def use_attention(self, name: str) -> None:

@@ -1,0 +1,226 @@
+"""Weight folders in Hugging Face format <-> the torch decoder, streaming tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from research.core.errors import WeightsError
+from research.core.spec import DecoderSpec, spec_differences, spec_to_hf
+from research.core.torch.decoder import Decoder
+from research.core.weights.folder import Plan, WeightFolder, plan_reading, read_config, read_spec
+from research.core.weights.keys import StoredTensor, stored_tensors
+from research.core.weights.write import SHARD_BYTES, new_folder, write_json, write_tensors
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+class PickleFolder:
+    """The ``*.bin`` files of a folder, opened with torch's restricted unpickler; same interface as WeightFolder."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.tensors: dict[str, Tensor] = {}
+        for path in sorted(self.folder.glob("*.bin")):
+            try:
+                self.tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:
+                raise WeightsError(f"cannot be read as torch weights: {error}", where=path) from None
+        if not self.tensors:
+            raise WeightsError("no .bin files in this folder", where=self.folder)
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+
+def open_folder(folder: str | os.PathLike, allow_pickle: bool = False) -> WeightFolder | PickleFolder:
+    """The folder's tensors: safetensors, or with ``allow_pickle`` the ``*.bin`` files where there are none."""
+    path = Path(folder)
+    if allow_pickle and path.is_dir() and not any(path.glob("*.safetensors*")):
+        return PickleFolder(path)
+    return WeightFolder(folder)
+
+
+def read_tensor(source: WeightFolder | PickleFolder, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+    """One stored tensor, or its rows ``start .. stop-1``, on the CPU in its stored dtype."""
+    if isinstance(source, PickleFolder):
+        tensor = source.tensors[name]
+        return tensor if rows is None else tensor[rows[0] : rows[1]]
+    kind = source.dtype(name)
+    if kind not in TORCH_DTYPES:
+        raise WeightsError(f"tensor {name} is {kind}; floating-point weights are needed", where=source.folder)
+    shape = list(source.shape(name))
+    if rows is not None:
+        shape[0] = rows[1] - rows[0]
+    tensor = torch.empty(shape, dtype=TORCH_DTYPES[kind])
+    if tensor.numel():
+        source.read_into(name, tensor.view(-1).view(torch.uint8).numpy(), rows)
+    return tensor
+
+
+def check_spec(expect: DecoderSpec, found: DecoderSpec, folder: str | os.PathLike) -> None:
+    """Raise :class:`WeightsError` listing the keys in which the folder contradicts the chosen model."""
+    differences = spec_differences(expect, found)
+    if differences:
+        raise WeightsError(
+            "this checkpoint is not the chosen MODEL:\n    " + "\n    ".join(differences),
+            where=Path(folder) / "config.json",
+            hint="the MODEL of these weights, or other WEIGHTS",
+        )
+
+
+def load_decoder(
+    folder: str | os.PathLike,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    attention: str = "auto",
+    expect: DecoderSpec | None = None,
+    head: bool = True,
+    allow_pickle: bool = False,
+) -> Decoder:
+    """Build the decoder of a folder and fill it, one tensor at a time; in evaluation mode.
+
+    ``dtype``: torch dtype or its name; None keeps what ``config.json`` says. ``expect``: the spec of the chosen
+    model, compared first. ``head=False`` for embedding models without an output matrix.
+    Raises :class:`WeightsError` for everything that is wrong with the folder.
+    """
+    spec = read_spec(folder)
+    if expect is not None:
+        check_spec(expect, spec, folder)
+    source = open_folder(folder, allow_pickle)
+    plan = plan_reading(source, spec, head)
+    with torch.device("meta"):
+        decoder = Decoder(spec, head=head)
+    fill_decoder(decoder, source, plan, resolve_dtype(dtype, folder), device)
+    decoder.use_attention(attention)
+    return decoder.eval()
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, folder: str | os.PathLike) -> torch.dtype:
+    """A torch dtype from a dtype, its name, or (None) the folder's ``config.json``; float32 where that says nothing."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None:
+        config = read_config(folder)
+        dtype = config.get("torch_dtype") or config.get("dtype") or "float32"
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise WeightsError(f"dtype {dtype!r} is not a floating-point dtype", hint="float32 or bfloat16")
+    return found
+
+
+def fill_decoder(
+    decoder: Decoder,
+    source: WeightFolder | PickleFolder,
+    plan: Plan,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> None:
+    """Replace the (meta) parameters of ``decoder`` by the folder's tensors as ``dtype`` on ``device``."""
+    shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
+    made: dict[str, Tensor] = {}
+    for stored in plan.tensors:
+        name = plan.names[stored.name]
+        for piece in stored.pieces:
+            block = read_tensor(source, name, piece.rows_stored if len(stored.pieces) > 1 else None)
+            height = piece.rows_parameter[1] - piece.rows_parameter[0]
+            if piece.expert is None and height == shapes[piece.parameter][0]:
+                made[piece.parameter] = block.to(device=device, dtype=dtype)
+                continue
+            if piece.parameter not in made:
+                made[piece.parameter] = torch.empty(shapes[piece.parameter], dtype=dtype, device=device)
+            target = made[piece.parameter] if piece.expert is None else made[piece.parameter][piece.expert]
+            target[piece.rows_parameter[0] : piece.rows_parameter[1]] = block
+    if plan.tied_head is not None:
+        _check_tied_head(read_tensor(source, plan.tied_head).to(dtype), made["model.embed_tokens.weight"], source)
+    for name, value in made.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(decoder.get_submodule(owner), attribute, nn.Parameter(value))
+    decoder.tie()
+
+
+def _check_tied_head(head: Tensor, embedding: Tensor, source) -> None:
+    if head.shape != embedding.shape or not torch.equal(head, embedding.cpu()):
+        raise WeightsError(
+            "config.json ties the output matrix to the embedding, but the folder stores another lm_head.weight",
+            where=source.folder,
+            hint='"tie_word_embeddings": false in config.json, if the stored one is meant',
+        )
+
+
+def save_decoder(decoder: Decoder, folder: str | os.PathLike, dtype: torch.dtype | None = None, **options) -> None:
+    """:func:`save_weights` of the decoder's own parameters, in ``dtype`` (None: as they are)."""
+    save_weights(
+        decoder.spec, dict(decoder.named_parameters()), folder, dtype, head=decoder.lm_head is not None, **options
+    )
+
+
+def save_weights(
+    spec: DecoderSpec,
+    parameters: Mapping[str, Tensor],
+    folder: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    *,
+    eos: int | list[int] | None = None,
+    bos: int | None = None,
+    generation: dict | None = None,
+    fingerprints: dict | None = None,
+    files: Mapping[str, str | os.PathLike | bytes] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    head: bool = True,
+) -> None:
+    """Write a folder that transformers, vLLM and MindIE load: config.json, generation_config.json, safetensors.
+
+    ``parameters`` has the in-memory names (a DTensor is gathered one at a time). ``eos``/``bos`` go into both
+    configs, ``generation`` adds to generation_config.json, ``fingerprints`` (tokenizer, template) become
+    workbench.json, ``files`` are further files by name (contents, or a path to copy). The folder appears whole.
+    """
+    if dtype is None:
+        dtype = next(iter(parameters.values())).dtype
+    if dtype not in SAFETENSORS_DTYPES:
+        raise WeightsError(f"weights of dtype {dtype} cannot be exported", hint="float32 or bfloat16")
+    tensors = stored_tensors(spec, head)
+    absent = {piece.parameter for tensor in tensors for piece in tensor.pieces} - parameters.keys()
+    assert not absent, f"parameters missing for export: {sorted(absent)[:4]}"
+
+    def content(tensor: StoredTensor):
+        value = torch.empty(tensor.shape, dtype=dtype)
+        for piece in tensor.pieces:
+            block = parameters[piece.parameter].detach()
+            block = block.full_tensor() if hasattr(block, "full_tensor") else block
+            block = block if piece.expert is None else block[piece.expert]
+            value[piece.rows_stored[0] : piece.rows_stored[1]] = block[slice(*piece.rows_parameter)]
+        return value.view(-1).view(torch.uint8).numpy()
+
+    name = str(dtype).removeprefix("torch.")
+    generation = {
+        **({"eos_token_id": eos} if eos is not None else {}),
+        **({"bos_token_id": bos} if bos is not None else {}),
+        **(generation or {}),
+    }
+    with new_folder(folder, overwrite) as aside:
+        write_json(aside / "config.json", spec_to_hf(spec, name, eos=eos, bos=bos))
+        write_json(aside / "generation_config.json", generation)
+        if fingerprints is not None:
+            write_json(aside / "workbench.json", fingerprints)
+        for file, source in (files or {}).items():
+            if isinstance(source, bytes):
+                (aside / file).write_bytes(source)
+            else:
+                shutil.copyfile(source, aside / file)
+        write_tensors(aside, tensors, SAFETENSORS_DTYPES[dtype], content, shard_bytes)
