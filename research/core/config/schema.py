@@ -114,6 +114,7 @@ class GenerateConfig:
     top_p: float | None = None
     repetition_penalty: float | None = None
     seed: int = 0
+    stop: list[str] = field(default_factory=list)  # the answer ends before any of these texts
     raw: bool = False  # continue the plain text, no template
     system: str | None = None
     dtype: str = "auto"
