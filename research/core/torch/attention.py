@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from research.core.errors import ConfigError
+from research.core.torch.attention_documents import attend_varlen, from_slots, in_slots, takes_varlen
 from research.core.torch.layout import Groups, Layout
 
 BACKENDS = ("auto", "sdpa", "reference", "npu")
@@ -79,29 +80,12 @@ def _sdpa(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask: Tensor | None, c
     return out.transpose(1, 2)
 
 
-class _Move(torch.autograd.Function):
-    """Rows of ``x`` to new places. The inverse places are known, so backward is a gather too, not a scattered sum."""
-
-    @staticmethod
-    def forward(ctx, x, index, real, back, back_real):
-        ctx.save_for_backward(back, back_real)
-        moved = x.index_select(0, index)
-        return moved if real is None else moved.mul_(real[:, None])
-
-    @staticmethod
-    def backward(ctx, grad):
-        back, back_real = ctx.saved_tensors
-        moved = grad.contiguous().index_select(0, back)
-        return (moved if back_real is None else moved.mul_(back_real[:, None])), None, None, None, None
-
-
-def _grouped(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, g: Groups, causal: bool, window: int | None) -> Tensor:
-    batch, time, heads, dim = q_BTHD.shape
-
-    def gather(x: Tensor) -> Tensor:
-        return _Move.apply(x.reshape(batch * time, -1), g.to_slot, None, g.to_token, g.token_real)
-
-    q, k, v = gather(q_BTHD), gather(k_BSKD), gather(v_BSKD)
+def _grouped(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, g: Groups, causal: bool, window: int | None) -> Tensor:
+    """Each group of documents as one padded batch; a causal mask hides the filling behind every document."""
+    if takes_varlen(q_BTHD) and (causal or window is None):
+        return attend_varlen(q_BTHD, k_BTKD, v_BTKD, g, causal, window)
+    heads, dim = q_BTHD.shape[2:]
+    q, k, v = in_slots(q_BTHD, g), in_slots(k_BTKD, g), in_slots(v_BTKD, g)
     outs, begin, first = [], 0, 0
     for rows, length in g.shapes:
         end = begin + rows * length
@@ -109,9 +93,17 @@ def _grouped(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, g: Groups, causal: 
         mask = _group_mask(g.lengths[first : first + rows], length, causal, window)
         outs.append(_sdpa(*part, mask, causal=causal and mask is None).reshape(rows * length, heads * dim))
         begin, first = end, first + rows
-    out = outs[0] if len(outs) == 1 else torch.cat(outs)
-    out = _Move.apply(out, g.to_token, g.token_real, g.to_slot, g.slot_real)
-    return out.view(batch, time, heads, dim)
+    return from_slots(outs[0] if len(outs) == 1 else torch.cat(outs), g, q_BTHD.shape)
+
+
+def hide_groups_from_compiler() -> None:
+    """Let torch.compile call the grouped attention as it is: its shapes change with every step's documents.
+
+    Done on demand, because asking for it loads the whole compiler.
+    """
+    global _grouped
+    if not getattr(_grouped, "_torchdynamo_disable", False):
+        _grouped = torch.compiler.disable(_grouped)
 
 
 def _group_mask(lengths: Tensor, length: int, causal: bool, window: int | None) -> Tensor | None:

@@ -6,6 +6,7 @@ checkpoints with other names are translated by :mod:`research.core.weights.keys`
 
 from __future__ import annotations
 
+import sys
 import zlib
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from research.core.spec import DecoderSpec
-from research.core.torch.attention import resolve_backend
+from research.core.torch.attention import hide_groups_from_compiler, resolve_backend
 from research.core.torch.cache import KVCache
 from research.core.torch.layers import Attention, DecoderLayer, RMSNorm
 from research.core.torch.layout import Layout
@@ -97,6 +98,8 @@ class Decoder(nn.Module):
         if layout is None:
             batch, time = input_ids.shape
             layout = Layout.full(batch, time, input_ids.device) if cache is None else Layout.cached(cache, time)
+        if layout.groups is not None and "torch._dynamo" in sys.modules:
+            hide_groups_from_compiler()
         x = self.model.embed_tokens(input_ids)
         rope = self.rope(layout, x.dtype, cache)
         for layer in self.model.layers:

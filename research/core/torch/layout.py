@@ -27,7 +27,8 @@ class Groups:
     """Where the documents' tokens go: ``to_slot`` [slots] holds token numbers (0..N-1), ``to_token`` [N] slot numbers.
 
     ``slot_real`` / ``token_real`` mark entries that are not filling (None: all are). ``shapes`` lists (G, L) of each
-    group in slot order; ``lengths`` [documents] the real lengths in the same order; ``ends`` their running sum.
+    group in slot order; ``lengths`` [documents] the real lengths in the same order. The rest is for operators that
+    take cumulative lengths: the real tokens in order of row and document.
     """
 
     to_slot: Tensor
@@ -36,8 +37,9 @@ class Groups:
     token_real: Tensor | None
     shapes: list[tuple[int, int]]
     lengths: Tensor
-    real_tokens: Tensor  # token numbers of the real tokens, document by document: the varlen ("TND") order
+    real_tokens: Tensor  # token numbers of the real tokens, document by document
     real_back: Tensor  # [N] place of each token in that order; filling points at 0
+    starts: Tensor  # [documents + 1] int32, where each document begins in that order, and the end
     ends: list[int]
     longest: int
 
@@ -235,6 +237,7 @@ def _group(documents: Tensor, device: torch.device | str) -> Groups:
         lengths.to(device),
         real_tokens.to(device),
         real_back.to(device),
+        torch.cat((begins[:1] * 0, counts.cumsum(0))).to(device=device, dtype=torch.int32),
         counts.cumsum(0).tolist(),
         int(counts.max()) if len(counts) else 0,
     )
