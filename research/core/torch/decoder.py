@@ -72,7 +72,7 @@ class Decoder(nn.Module):
                 elif "norm" in name.rsplit(".", 2)[-2]:
                     parameter.fill_(1.0)
                 else:
-                    stream = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+                    stream = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
                     values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
                     parameter.copy_(values.normal_(0.0, self.spec.init_range, generator=stream))
         return self
