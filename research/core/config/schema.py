@@ -32,6 +32,7 @@ class DataConfig:
     format: str = (
         "auto"  # auto | alpaca | messages | sharegpt | text | wikitext | skills (files .json .jsonl .gz .parquet .txt)
     )
+    documents: str = "blank"  # what separates documents of plain text: blank (lines) | line | file
     seq_length: int = 512
     supervise: str = "assistant"  # assistant | last | all | mindformers
     packing: bool = True
