@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from research.core.text.specials import END_OF_TEXT, IM_END
 from research.core.text.vocabulary import (
@@ -23,19 +25,26 @@ if TYPE_CHECKING:
     from research.core.text.bytelevel import ByteLevelTokenizer
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, flush to the disk, and rename: the final name never holds half a file."""
+@contextmanager
+def writing(path: Path) -> Iterator[TextIO]:
+    """A text file under a temporary name, flushed to the disk and renamed at the end: ``path`` never holds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(aside, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(aside, "w", encoding="utf-8", errors="replace", newline="\n") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as :func:`writing` does."""
+    with writing(path) as file:
+        file.write(text)
 
 
 def merge_pairs(vocabulary: Vocabulary) -> list[tuple[bytes, bytes]]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from research.core.config.names import did_you_mean
-from research.core.errors import ConfigError, DataError
+from research.core.errors import ConfigError, DataError, require_file
 from research.core.text.chatml import CREATED, HELPFUL, ChatML, Segment
 from research.core.text.messages import Message, checked_messages
 from research.core.text.tokenizer import Tokenizer
+from research.core.text.vocabulary import read_json
 
 Piece = int | str  # a control token's id, or plain text
 
@@ -289,3 +291,30 @@ def template_from_jinja(source: str, name: str = "jinja", variables: dict[str, A
     if known is not None:
         return ChatMLTemplate(known, _TEMPLATES[known], source)
     return JinjaTemplate(source, name, variables)
+
+
+def template_from_file(path: str | os.PathLike) -> ChatTemplate:
+    """A template from a file: Jinja text, or JSON with a ``chat_template`` (``tokenizer_config.json``).
+
+    The control tokens that such a JSON file names (``eos_token`` ...) are passed to the template, as transformers does.
+    """
+    path = require_file(path, "template file")
+    if path.suffix != ".json":
+        try:
+            return template_from_jinja(path.read_text(encoding="utf-8"), str(path))
+        except UnicodeDecodeError as bad:
+            raise DataError(f"not UTF-8 text: {bad.reason} at byte {bad.start}", where=path) from None
+    fields = read_json(path)
+    source = fields.get("chat_template") if isinstance(fields, dict) else None
+    if isinstance(source, list):  # several named templates
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    if not isinstance(source, str):
+        raise DataError('no text under "chat_template"', where=path)
+    variables = {}
+    for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
+        token = fields.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            variables[name] = token
+    return template_from_jinja(source, str(path), variables)

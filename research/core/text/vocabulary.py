@@ -153,7 +153,7 @@ def read_vocab_merges(folder: Path, family: str) -> Vocabulary:
             )
         names = FAMILY_SPECIALS[family]
         added = {name: Added(BASE_VOCAB + index, name not in VISIBLE) for index, name in enumerate(names)}
-    return _assemble(ids, _read_merges(folder / MERGES_FILE), added, path, folder / MERGES_FILE)
+    return assemble(ids, _read_merges(folder / MERGES_FILE), added, path, folder / MERGES_FILE)
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
@@ -219,7 +219,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary | dict:
         raise DataError("added_tokens or model.merges is not of the known form", where=path, hint=_DAMAGED) from None
     if not all(token.plain for token in added.values()):
         return data
-    return _assemble(model["vocab"], pairs, added, path, path)
+    return assemble(model["vocab"], pairs, added, path, path)
 
 
 def _is_qwen_kind(data: dict) -> bool:
@@ -240,7 +240,7 @@ def _is_qwen_kind(data: dict) -> bool:
     )
 
 
-def _assemble(
+def assemble(
     ids: dict[str, int], pairs: list[tuple[str, str]], added: dict[str, Added], path: Path, merges_path: Path
 ) -> Vocabulary:
     """Check ids and merges against each other and turn both into bytes."""
