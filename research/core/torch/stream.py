@@ -16,7 +16,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, hidden: Collection[int] = (), stop: Sequence[str] = ()):
-        self._decoder = tokenizer.stream()
+        self._decoder = tokenizer.stream(skip_special=True)
         self._hidden = frozenset(hidden)
         self._stop = tuple(s for s in stop if s)
         self._held = ""

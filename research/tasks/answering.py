@@ -1,0 +1,119 @@
+"""What predict and chat share: the loaded model with its vocabulary, template, end tokens and sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from research.core.config.schema import Config
+from research.core.errors import ConfigError, WeightsError
+from research.core.text.template import ChatTemplate
+from research.core.text.tokenizer import Tokenizer
+from research.core.weights.generation import GenerationDefaults, read_generation_defaults
+from research.tasks.sources import (
+    NOTE_FILE,
+    check_architecture,
+    read_note,
+    resolve_template,
+    resolve_tokenizer,
+    resolve_weights,
+    say,
+)
+
+if TYPE_CHECKING:
+    from research.core.torch.generate import Runner
+    from research.core.torch.sampler import Sampling
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to answer."""
+
+    runner: Runner
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    sampling: Sampling
+    eos_ids: tuple[int, ...]
+
+
+def load_model(cfg: Config) -> Model:
+    """Load what ``cfg`` names. Raises UserErrors for folders, adapters, vocabularies and settings that do not fit."""
+    if cfg.model.embedding:
+        raise ConfigError(
+            "an embedding model has no output matrix and answers nothing",
+            where=f"model={cfg.model.name}",
+            hint="a chat or base model",
+        )
+    weights = resolve_weights(cfg)
+    if weights is None:
+        raise WeightsError("there are no weights to generate with", hint="WEIGHTS=<folder>")
+    check_architecture(cfg, weights)
+    tokenizer = resolve_tokenizer(cfg, weights)
+    template = resolve_template(cfg, weights)
+    check_fingerprints(weights, tokenizer, template, raw=cfg.generate.raw)
+    defaults = read_generation_defaults(weights)
+    sampling = choose_sampling(cfg, defaults)
+
+    from research.core.torch.device import resolve_device, resolve_dtype
+    from research.core.torch.generate import Runner
+    from research.core.torch.lora import load_adapter
+    from research.core.torch.weights import load_decoder
+
+    device = resolve_device(cfg.device)
+    dtype = resolve_dtype(cfg.generate.dtype, device)
+    decoder = load_decoder(weights, dtype=dtype, device=device, attention=cfg.device.attention)
+    if tokenizer.vocab_size > decoder.spec.vocab:
+        raise WeightsError(
+            f"the vocabulary has {tokenizer.vocab_size} tokens, the weights only {decoder.spec.vocab}",
+            where=cfg.tokenizer or weights,
+            hint="TOKENIZER=<the folder that belongs to these weights>",
+        )
+    if cfg.adapter:
+        load_adapter(decoder, cfg.adapter)
+    name = f"{weights} + {cfg.adapter}" if cfg.adapter else weights
+    say(f"{cfg.model.name} from {name}, {str(dtype).removeprefix('torch.')} on {device}")
+    return Model(Runner(decoder), tokenizer, template, sampling, end_tokens(cfg, defaults, tokenizer))
+
+
+def end_tokens(cfg: Config, defaults: GenerationDefaults, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The checkpoint's end tokens and the vocabulary's own: for a conversation the end of a turn as well."""
+    own = tokenizer.eos_ids(chat=not cfg.generate.raw)
+    return tuple(dict.fromkeys((*defaults.eos_ids, *own)))
+
+
+def choose_sampling(cfg: Config, defaults: GenerationDefaults) -> Sampling:
+    """``generate.*`` where it is set, else the checkpoint's ``generation_config.json``, else greedy."""
+    from research.core.torch.sampler import Sampling
+
+    chosen = {
+        name: getattr(defaults if getattr(cfg.generate, name) is None else cfg.generate, name)
+        for name in ("temperature", "top_k", "top_p", "repetition_penalty")
+    }
+    sampling = Sampling(**chosen, seed=cfg.generate.seed)
+    if sampling.greedy:
+        for name in ("top_k", "top_p"):
+            if getattr(cfg.generate, name) is not None:
+                say(f"generate.{name} has no effect at temperature 0; set generate.temperature as well")
+    return sampling
+
+
+def check_fingerprints(weights: Path, tokenizer: Tokenizer, template: ChatTemplate, raw: bool) -> None:
+    """Raise :class:`ConfigError` when the weights were trained with another vocabulary or template than is used now."""
+    note = read_note(weights)
+    checked = [("tokenizer", tokenizer.fingerprint, "TOKENIZER=<the vocabulary that the run used>")]
+    if not raw:
+        checked.append(("template", template.fingerprint, 'ARGS="model.template=<the run\'s>", or generate.raw=true'))
+    for kind, used, hint in checked:
+        stored = note.get(kind)
+        if stored is not None and stored != used:
+            name = f"{kind} {template.name}" if kind == "template" else kind
+            raise ConfigError(
+                f"these weights were trained with the {kind} {_short(stored)}, here the {name} is {_short(used)}",
+                where=weights / NOTE_FILE,
+                hint=hint,
+            )
+
+
+def _short(fingerprint: str) -> str:
+    return str(fingerprint)[:12]

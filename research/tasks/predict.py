@@ -1,0 +1,161 @@
+"""`make predict`: answer one prompt, or a file of prompts. Only answers go to stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from research.core.config.schema import Config
+from research.core.errors import DataError, UserError, require_file
+from research.tasks.answering import Model, load_model
+from research.tasks.sources import say
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to answer: a text or a conversation; ``fields`` of its record go along to the answer."""
+
+    where: str
+    text: str | None
+    messages: list[dict] | None
+    fields: dict[str, Any]
+
+
+def run(cfg: Config) -> int:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8")
+    questions = read_questions(cfg)
+    model = load_model(cfg)
+    prompts = [encode_question(cfg, model, question) for question in questions]
+    if cfg.prompts:
+        answer_file(cfg, model, questions, prompts)
+    else:
+        answer_one(cfg, model, questions[0], prompts[0])
+    return 0
+
+
+def answer_one(cfg: Config, model: Model, question: Question, prompt: list[int]) -> None:
+    """Stream one answer to stdout, with a line end behind it."""
+    _answers(cfg, model, [question], [prompt], stream=True)
+
+
+def answer_file(cfg: Config, model: Model, questions: list[Question], prompts: list[list[int]]) -> None:
+    """Answer all questions, ``generate.batch`` at a time; one JSON line each on stdout, in order."""
+    size = cfg.generate.batch
+    for begin in range(0, len(questions), size):
+        part = questions[begin : begin + size]
+        for question, text in zip(part, _answers(cfg, model, part, prompts[begin : begin + size])):
+            print(json.dumps(question.fields | {"answer": text}, ensure_ascii=False), flush=True)
+
+
+def _answers(
+    cfg: Config, model: Model, questions: list[Question], prompts: list[list[int]], stream: bool = False
+) -> list[str]:
+    from research.core.torch.generate import Request, check_request, run_requests
+    from research.core.torch.stream import TextStream
+
+    texts = [TextStream(model.tokenizer, hidden=model.eos_ids, stop=cfg.generate.stop) for _ in questions]
+
+    def on_token(row: int, token: int) -> bool:
+        show(texts[row].push(token))
+        return texts[row].stopped
+
+    def show(text: str) -> None:
+        if stream and text:
+            print(text, end="", flush=True)
+
+    requests = [Request(prompt, model.sampling, cfg.generate.max_new_tokens) for prompt in prompts]
+    for question, request in zip(questions, requests):
+        check_request(request, model.runner, question.where)
+    start = time.perf_counter()
+    results = run_requests(model.runner, requests, model.eos_ids, on_token, cfg.generate.batch)
+    for text in texts:
+        show(text.flush())
+    new, seconds = sum(len(r.ids) for r in results), time.perf_counter() - start
+    cut = sum(r.reason == "length" for r in results)
+    note = f"; {cut} cut at generate.max_new_tokens={cfg.generate.max_new_tokens}" if cut else ""
+    if stream and not texts[0].text.endswith("\n"):
+        print(flush=True)
+    say(
+        f"{sum(map(len, prompts))} prompt tokens, {new} new ones in {seconds:.1f} s ({new / seconds:.1f} tokens/s){note}"
+    )
+    return [text.text for text in texts]
+
+
+def encode_question(cfg: Config, model: Model, question: Question) -> list[int]:
+    """Token ids of a question: its text alone (``generate.raw``), or rendered by the template, waiting for an answer."""
+    if cfg.generate.raw:
+        if question.messages is not None:
+            raise DataError(
+                "a conversation needs a template, and generate.raw=true uses none",
+                where=question.where,
+                hint='{"prompt": "text"}, or generate.raw=false',
+            )
+        return model.tokenizer.encode(question.text, "all" if cfg.allow_special else ())
+    messages = question.messages or [{"role": "user", "content": question.text}]
+    encoded = model.template.encode(
+        model.tokenizer,
+        messages,
+        add_generation_prompt=True,
+        allow_special=cfg.allow_special,
+        system=cfg.generate.system,
+    )
+    return list(encoded.ids)
+
+
+# --- where questions come from ----------------------------------------------------------------------------------
+
+
+def read_questions(cfg: Config) -> list[Question]:
+    """The prompt, the file of prompts, or standard input when it is not a terminal. Raises UserErrors."""
+    if cfg.prompt and cfg.prompts:
+        raise UserError("prompt and prompts are both set", where=cfg.prompts, hint="one of them")
+    if cfg.prompts:
+        return list(_read_file(require_file(cfg.prompts, "file of prompts", hint="a .txt or .jsonl file")))
+    text, where = cfg.prompt, "PROMPT"
+    if not text and not sys.stdin.isatty():
+        text, where = sys.stdin.read().rstrip("\n"), "standard input"
+    if not text or (not text.strip() and not cfg.generate.raw):
+        raise UserError("there is nothing to answer", where=where, hint="make predict PROMPT='What is 2 + 3?'")
+    return [Question(where, text, None, {})]
+
+
+def _read_file(path: Path) -> Iterator[Question]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as bad:
+        raise DataError(f"not UTF-8: {bad}", where=path) from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield _record(line, where) if path.suffix == ".jsonl" else Question(where, line, None, {"prompt": line})
+
+
+def _record(line: str, where: str) -> Question:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as bad:
+        raise DataError(f"not valid JSON: {bad.msg}", where=where) from None
+    if isinstance(record, dict):
+        fields = {key: record[key] for key in ("id", "prompt", "messages") if key in record}
+        prompt, messages = record.get("prompt"), record.get("messages")
+        if isinstance(prompt, str) and prompt and messages is None:
+            return Question(where, prompt, None, fields)
+        if isinstance(messages, list) and messages and all(_is_message(m) for m in messages) and prompt is None:
+            return Question(where, None, messages, fields)
+    raise DataError(
+        "is neither a prompt nor a conversation",
+        where=where,
+        hint='{"prompt": "text"} or {"messages": [{"role": "user", "content": "text"}]}',
+    )
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), str) or bool(value.get("tool_calls"))
