@@ -94,6 +94,11 @@ class RunFolder:
         if self.main:
             print(line, file=sys.stderr, flush=True)
 
+    def note(self, line: str) -> None:
+        """Keep one line in log.txt without printing it."""
+        if self._log is not None:
+            self._log.write(line + "\n")
+
     def write_text(self, name: str, text: str) -> Path:
         """Write a small file that appears under its name only when it is complete."""
         return write_text(self.path / name, text)
@@ -210,7 +215,7 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 
 
 def _new_path(parent: Path) -> Path:
-    stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
+    stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     path = parent / stamp
     for n in range(2, 1000):
         if not path.exists():

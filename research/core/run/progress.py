@@ -10,8 +10,8 @@ from research.core.run.folder import RunFolder
 class Progress:
     """Use as a context around ``total`` units of work.
 
-    ``update(done, note)`` moves it to ``done``; ``line(text)`` reports: beside the bar on a terminal, as a printed
-    line elsewhere (both go to log.txt). ``total`` None shows the rate only.
+    ``update(done, note)`` moves it to ``done``; ``line(text)`` reports as a printed line, above the bar on a terminal;
+    with ``routine`` the bar says enough and the line only goes to log.txt. ``total`` None shows the rate only.
     """
 
     def __init__(self, run: RunFolder, total: int | None, what: str, unit: str = "step", done: int = 0):
@@ -55,10 +55,14 @@ class Progress:
         if self.live:
             self._bar.update(self._task, completed=done, note=note or f"{self.rate():.3g} {self.unit}/s")
 
-    def line(self, text: str) -> None:
+    def line(self, text: str, routine: bool = False) -> None:
         """One plain line with the position and the time left."""
         of = f"{self.done}/{self.total}" if self.total else f"{self.done}"
-        self.run.say(f"{self.what} {self.unit} {of}  {text}  left {self.left()}")
+        line = f"{self.what} {self.unit} {of}  {text}  left {self.left()}"
+        if routine and self.live:
+            self.run.note(line)
+        else:
+            self.run.say(line)
 
     def rate(self) -> float:
         """Units a second since the start of this process's work."""

@@ -60,7 +60,7 @@ class LoraLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         dropped = F.dropout(rows, self.dropout, self.training) if self.dropout else rows
         low = F.linear(dropped, self.lora_A.to(x.dtype)) * self.scaling
-        out = F.linear(rows, self.weight, self.bias).addmm_(low, self.lora_B.to(x.dtype).t())
+        out = torch.addmm(F.linear(rows, self.weight, self.bias), low, self.lora_B.to(x.dtype).t())
         return out.view(*x.shape[:-1], self.out_features)
 
     def merged(self) -> nn.Linear:

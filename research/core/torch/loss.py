@@ -8,7 +8,11 @@ matmuls). Shape letters: B rows, T positions, H hidden, V vocabulary, N supervis
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from research.core.torch.decoder import Decoder
+from research.core.torch.layout import Layout
+from research.core.torch.moe import RouterCounts
 
 IGNORED = -100
 
@@ -87,3 +91,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
+
+
+class Objective(nn.Module):
+    """The decoder with its loss as one forward, which is what sharding and compilation wrap."""
+
+    def __init__(self, decoder: Decoder, head_chunk: int, router: bool = False):
+        super().__init__()
+        self.decoder, self.head_chunk, self.router = decoder, head_chunk, router
+
+    def forward(self, input_ids_BT: Tensor, labels_BT: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """-> (sum of the cross-entropies, router balance loss of an MoE or None), both fp32 scalars."""
+        counts = RouterCounts() if self.router else None
+        hidden_BTH = self.decoder.hidden(input_ids_BT, layout, router=counts)
+        total, _ = linear_cross_entropy(hidden_BTH, self.decoder.lm_head.weight, labels_BT, self.head_chunk)
+        return total, counts.loss() if counts is not None and counts.layers else None

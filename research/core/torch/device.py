@@ -1,0 +1,143 @@
+"""Where and how to compute: device, dtype, threads, and how fast a plain matmul runs here (the roofline)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from research.core.config.schema import DeviceConfig
+from research.core.errors import ConfigError
+from research.core.run.folder import write_text
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resolve_device(cfg: DeviceConfig, local_rank: int = 0) -> torch.device:
+    """The device of ``device.kind`` (auto: npu, cuda, cpu, the first that is there), and the number of CPU threads set.
+
+    Raises :class:`ConfigError` for a device that this machine does not have. The NPU branch needs torch_npu and CANN
+    and runs on such a machine only.
+    """
+    kind = cfg.kind
+    if kind == "auto":
+        kind = "npu" if _has_npu() else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device is visible here", where="device.kind=cuda", hint="DEVICE=cpu")
+    if kind == "npu" and not _has_npu():
+        raise ConfigError(
+            "no NPU is visible here (torch_npu and CANN are needed)", where="device.kind=npu", hint="DEVICE=cpu"
+        )
+    if kind == "cpu":
+        threads = cfg.threads or cpu_count()
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        return torch.device("cpu")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    getattr(torch, kind).set_device(local_rank)
+    return torch.device(kind, local_rank)
+
+
+def _has_npu() -> bool:
+    import importlib.util
+
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    import torch_npu  # noqa: F401 (registers torch.npu)
+
+    return torch.npu.is_available()
+
+
+def cpu_count() -> int:
+    """Cores this process may run on; ``OMP_NUM_THREADS`` lowers it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores, int(limit))) if limit.isdigit() else cores
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``fp32``, ``bf16``, or for ``auto`` the one whose matmul runs faster on ``device`` (measured once, cached)."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cpu":
+        return torch.bfloat16
+    faster = gemm_flops(device, torch.bfloat16) > 1.2 * gemm_flops(device, torch.float32)
+    return torch.bfloat16 if faster else torch.float32
+
+
+# --- the roofline -----------------------------------------------------------------------------------------------
+
+
+def gemm_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large square matmul: the best of several runs, kept in a cache file.
+
+    On a CPU the figure belongs to the number of threads in use.
+    """
+    key = f"{_machine(device)} | {str(dtype).removeprefix('torch.')} | torch {torch.__version__}"
+    path = cache_folder() / "gemm.json"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        known[key] = measure_gemm(device, dtype)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(known, indent=2) + "\n")
+        except OSError:  # a read-only home: measured again next time
+            pass
+    return known[key]
+
+
+def measure_gemm(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Best rate of an n x n matmul within about ``seconds``, in floating-point operations a second."""
+    n = 8192 if device.type != "cpu" else 1024
+    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+    best, until = 0.0, time.perf_counter() + seconds
+    while best == 0.0 or time.perf_counter() < until:
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = max(best, 2.0 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue; nothing on a CPU."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: the device's allocator, or the process's resident set on a CPU."""
+    if device.type != "cpu":
+        return getattr(torch, device.type).max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def cache_folder() -> Path:
+    """``$QWEN_CACHE``, or ``.cache`` in the repository."""
+    return Path(os.environ.get("QWEN_CACHE") or Path(__file__).resolve().parents[3] / ".cache")
+
+
+def _machine(device: torch.device) -> str:
+    if device.type != "cpu":
+        return getattr(torch, device.type).get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
