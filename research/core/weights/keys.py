@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from research.core.spec import DecoderSpec
 
 # Stored beside the weights by some writers, recomputed here, and therefore passed over.
-IGNORED = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|rotary_emb\.(cos|sin)_cached)$")
+IGNORED = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(masked_bias|bias))$")
 
 # --- tables: stored name -> in-memory name(s); {n} is the layer, {e} the expert ----------------------------------
 
