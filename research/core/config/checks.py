@@ -9,6 +9,7 @@ from research.core.errors import ConfigError
 CHOICES = {
     "backend": ("torch", "mindspore"),
     "data.format": ("auto", "alpaca", "messages", "sharegpt", "text", "wikitext", "skills"),
+    "data.documents": ("blank", "line", "file"),
     "data.supervise": ("assistant", "last", "all", "mindformers"),
     "data.on_long": ("truncate", "drop", "error"),
     "train.schedule": ("cosine", "linear", "constant", "wsd"),

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from research.core.data.sources import CHUNK, RECORD_LIMIT, Where, text_chunks
+from research.core.data.sources import CHUNK, RECORD_LIMIT, OnBytes, Where, text_chunks
 from research.core.errors import DataError
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -26,18 +26,18 @@ class Record(NamedTuple):
     size: int
 
 
-def json_records(path: Path) -> Iterator[Record]:
+def json_records(path: Path, on_bytes: OnBytes | None = None) -> Iterator[Record]:
     """Every record of a JSON array, of JSON Lines, or of JSON objects one after the other.
 
     Raises :class:`DataError` with file and line for malformed JSON, and for a record above RECORD_LIMIT.
     """
-    return _Stream(path).records()
+    return _Stream(path, on_bytes).records()
 
 
 class _Stream:
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, on_bytes: OnBytes | None):
         self.path = path
-        self.chunks = text_chunks(path)
+        self.chunks = text_chunks(path, on_bytes)
         self.buffer, self.at = "", 0
         self.line = 1  # of self.at
         self.ended = False

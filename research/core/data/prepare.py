@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from research.core.data.folder import SplitWriter, close_synced, write_json, wri
 from research.core.data.holdout import HeldOut
 from research.core.data.json_stream import Record
 from research.core.data.readers import TextPart, read_file
-from research.core.data.sources import Where, expand_sources
+from research.core.data.sources import Where, expand_sources, source_bytes
 from research.core.data.supervise import MODES, ON_LONG, Rules
 from research.core.data.workers import map_in_order
 from research.core.errors import ConfigError, DataError
@@ -35,6 +35,15 @@ from research.core.errors import ConfigError, DataError
 JOB_RECORDS = 256
 JOB_CHARACTERS = 1 << 19
 _LOG_SECONDS = 10.0
+
+
+@dataclass
+class Progress:
+    """How far the preparation is: ``done`` of ``total`` bytes of the source files read, ``records`` encoded."""
+
+    total: int
+    done: int = 0
+    records: int = 0
 
 
 def prepare_dataset(
@@ -47,11 +56,12 @@ def prepare_dataset(
     vocab_size: int | None,
     allow_special: bool = False,
     log: Callable[[str], None] = print,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Write ``folder/{train,eval}/``, ``meta.json`` and ``audit.json`` from ``cfg.source``; returns the audit.
 
     ``model_length`` is the longest sequence the model is made for, ``vocab_size`` its number of embedding rows (None:
-    not checked). ``log`` gets a line now and then while it runs. Raises :class:`ConfigError` for settings that cannot
+    not checked). While it runs, ``progress`` is called often; without it ``log`` gets a line now and then. Raises :class:`ConfigError` for settings that cannot
     work, :class:`DataError` for data that cannot be used and for audit findings; then nothing is left under
     ``folder`` or ``cfg.dump``.
     """
@@ -72,14 +82,17 @@ def prepare_dataset(
         collector = _Collector(cfg, tokenizer, aside, vocab_size, dump)
         try:
             last_log = began
-            jobs = _jobs(_records(cfg, sources, report.formats))
+            state = Progress(total=source_bytes(sources))
+            jobs = _jobs(_records(cfg, sources, report.formats, state))
             with contextlib.closing(map_in_order(encoder, jobs, cfg.workers)) as blocks:
                 for block in blocks:
                     collector.take(block)
-                    if time.monotonic() - last_log > _LOG_SECONDS:
+                    state.records = collector.counts.read
+                    if progress is not None:
+                        progress(state)
+                    elif time.monotonic() - last_log > _LOG_SECONDS:
                         last_log = time.monotonic()
-                        rate = collector.counts.read / (last_log - began)
-                        log(f"prepared {collector.counts.read:,} records ({rate:,.0f} records/s)")
+                        log(f"prepared {state.records:,} records ({state.records / (last_log - began):,.0f} records/s)")
             collector.finish(report)
         except BaseException:
             collector.abandon()
@@ -131,16 +144,6 @@ def _check_settings(cfg: DataConfig, model_length: int | None) -> None:
     if cfg.seq_length < 2:
         raise ConfigError(f"{cfg.seq_length} is too short to predict anything", where="data.seq_length", hint="512")
     _check_length(cfg.seq_length, model_length)
-    if cfg.workers < 0:
-        raise ConfigError("must not be negative", where="data.workers", hint="data.workers=0 for one per core")
-    if cfg.max_records is not None and cfg.max_records < 1:
-        raise ConfigError("must be at least 1", where="data.max_records", hint="data.max_records=null for all")
-    if cfg.eval_records < 0:
-        raise ConfigError("must not be negative", where="data.eval_records", hint="data.eval_records=0 for none")
-    for key in ("eval_fraction", "max_truncated", "max_dropped", "min_supervised"):
-        value = getattr(cfg, key)
-        if value is not None and not 0 <= value <= 1:
-            raise ConfigError(f"{value} is not a share between 0 and 1", where=f"data.{key}", hint="0.05 for 5 %")
 
 
 def _check_length(seq_length: int, model_length: int | None) -> None:
@@ -156,12 +159,13 @@ def _check_length(seq_length: int, model_length: int | None) -> None:
 
 
 def _records(
-    cfg: DataConfig, sources: list[str | Path], formats: list[str]
+    cfg: DataConfig, sources: list[str | Path], formats: list[str], state: Progress
 ) -> Iterator[tuple[str | None, str, Record]]:
     """``(split, format, record)`` of every source in turn; notes the formats met."""
     left = cfg.max_records
     for source in sources:
-        for split, fmt, records in _open_source(cfg, source, left):
+        before = state.done
+        for split, fmt, records in _open_source(cfg, source, left, state):
             if fmt not in formats:
                 formats.append(fmt)
             for record in records:
@@ -170,12 +174,14 @@ def _records(
                     left -= not isinstance(record.raw, TextPart) or record.raw.last
                     if left == 0:
                         break
+        if isinstance(source, Path):
+            state.done = before + source.stat().st_size
         if left == 0:
             return
 
 
 def _open_source(
-    cfg: DataConfig, source: str | Path, limit: int | None
+    cfg: DataConfig, source: str | Path, limit: int | None, state: Progress
 ) -> Iterator[tuple[str | None, str, Iterator[Record]]]:
     if source == "skills":
         from research.core.data.skills import generate
@@ -190,7 +196,12 @@ def _open_source(
                 (Record(Where(f"skills/{split}", None, number), e, 200) for number, e in enumerate(examples, 1)),
             )
     else:
-        fmt, records = read_file(source, cfg.format, cfg.documents)
+        before = state.done
+
+        def on_bytes(count: int) -> None:
+            state.done = before + count
+
+        fmt, records = read_file(source, cfg.format, cfg.documents, on_bytes)
         yield None, fmt, records
 
 

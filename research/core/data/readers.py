@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from research.core.config.names import did_you_mean
 from research.core.data.json_stream import Record, json_records
-from research.core.data.sources import Where, open_bytes, text_chunks, text_lines
+from research.core.data.sources import OnBytes, Where, open_bytes, text_chunks, text_lines
 from research.core.errors import ConfigError, DataError
 
 KEYS = {"alpaca": "instruction", "messages": "messages", "sharegpt": "conversations", "text": "text"}
@@ -39,22 +39,24 @@ class TextPart(NamedTuple):
     last: bool
 
 
-def read_file(path: Path, fmt: str = "auto", documents: str = "blank") -> tuple[str, Iterator[Record]]:
+def read_file(
+    path: Path, fmt: str = "auto", documents: str = "blank", on_bytes: OnBytes | None = None
+) -> tuple[str, Iterator[Record]]:
     """``(format, records)`` of one file. A record's ``raw`` is a dict, or a :class:`TextPart` for text and wikitext.
 
     ``documents`` says what separates the documents of plain text: ``blank`` lines, every ``line``, or the ``file``.
-    Raises :class:`DataError` for an empty file, a shape that is not known, or (while reading) a damaged record.
+    ``on_bytes`` is told how much of the file has been read. Raises :class:`DataError` for an empty file, a shape that is not known, or (while reading) a damaged record.
     """
     for name, value, known in (("data.format", fmt, FORMATS), ("data.documents", documents, SEPARATORS)):
         if value not in known:
             raise ConfigError(f"{value!r} is not known", where=name, hint=did_you_mean(value, known))
     head = _head(path)
     if head[:4] == b"PAR1":
-        records = _parquet_rows(path)
+        records = _parquet_rows(path, on_bytes)
     elif _looks_like_json(path, head):
-        records = json_records(path)
+        records = json_records(path, on_bytes)
     else:
-        return _plain(path, fmt, documents, head)
+        return _plain(path, fmt, documents, head, on_bytes)
     first = next(records, None)
     if first is None:
         raise DataError("the file holds no records", where=path)
@@ -90,6 +92,8 @@ def _looks_like_json(path: Path, head: bytes) -> bool:
 def _shape(first: Record, records: Iterator[Record], fmt: str) -> tuple[str, list[Record]]:
     """The file's format and the records read to find it."""
     _require_object(first)
+    if fmt == "skills":  # data.format of the built-in set; a file of it has messages
+        fmt = "messages"
     if fmt == "auto":
         fmt = next((name for name, key in KEYS.items() if first.raw.get(key) is not None), "")
         if not fmt:
@@ -124,7 +128,7 @@ def _json_name(value: Any) -> str:
     return names.get(type(value), "null" if value is None else type(value).__name__)
 
 
-def _parquet_rows(path: Path) -> Iterator[Record]:
+def _parquet_rows(path: Path, on_bytes: OnBytes | None) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -140,6 +144,8 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
                 for row in batch.to_pylist():
                     number += 1
                     yield Record(Where(str(path), None, number), row, size)
+                if on_bytes is not None:
+                    on_bytes(path.stat().st_size * number // max(1, file.metadata.num_rows))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"damaged parquet file: {error}", where=path) from None
 
@@ -147,7 +153,7 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
 # --- Text -------------------------------------------------------------------------------------------------------
 
 
-def _plain(path: Path, fmt: str, documents: str, head: bytes) -> tuple[str, Iterator[Record]]:
+def _plain(path: Path, fmt: str, documents: str, head: bytes, on_bytes: OnBytes | None) -> tuple[str, Iterator[Record]]:
     if fmt not in ("auto", "text", "wikitext"):
         raise DataError(
             f"this is plain text, data.format={fmt} needs JSON or parquet", where=path, hint="data.format=text"
@@ -155,16 +161,18 @@ def _plain(path: Path, fmt: str, documents: str, head: bytes) -> tuple[str, Iter
     quoted = re.match(rb'("\s*"\s*)*"\s*= [^=]', head.lstrip(b"\xef\xbb\xbf \t\r\n")) is not None
     titled = quoted or any(_TITLE.fullmatch(line) for line in head.decode("utf-8-sig", "replace").splitlines()[:3])
     if fmt == "wikitext" or (fmt == "auto" and titled):
-        lines = _csv_lines(path) if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b'"') else text_lines(path)
+        lines = text_lines(path, on_bytes)
+        if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b'"'):
+            lines = _unquoted(path, lines)
         return "wikitext", _wikitext_documents(str(path), lines)
-    return "text", _plain_documents(path, documents)
+    return "text", _plain_documents(path, documents, on_bytes)
 
 
-def _plain_documents(path: Path, documents: str) -> Iterator[Record]:
+def _plain_documents(path: Path, documents: str, on_bytes: OnBytes | None) -> Iterator[Record]:
     def closes(line: str) -> bool:
         return (documents == "line" and line.endswith("\n")) or (documents == "blank" and not line.strip())
 
-    yield from _gather(str(path), ((number, line, closes(line), False) for number, line in text_lines(path)))
+    yield from _gather(str(path), ((number, line, closes(line), False) for number, line in text_lines(path, on_bytes)))
 
 
 def _wikitext_documents(file: str, lines: Iterator[tuple[int, str]]) -> Iterator[Record]:
@@ -213,9 +221,9 @@ def _gather(file: str, lines: Iterator[tuple[int, str, bool, bool]]) -> Iterator
     yield from finish(True)
 
 
-def _csv_lines(path: Path) -> Iterator[tuple[int, str]]:
+def _unquoted(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
     """The lines of a wiki.*.tokens file in which every line is one CSV field with its line end inside."""
-    reader = csv.reader(line for _, line in text_lines(path))
+    reader = csv.reader(line for _, line in lines)
     start = 1
     try:
         for row in reader:

@@ -7,7 +7,7 @@ import glob
 import gzip
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from research.core.errors import DataError
 BUILTIN = ("skills",)
 SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".tokens", ".raw")
 CHUNK = 1 << 20
+OnBytes = Callable[[int], None]
 RECORD_LIMIT = 8 << 20  # characters; a record larger than this is no training record, and would not fit in memory
 
 
@@ -62,6 +63,11 @@ def expand_sources(source: str) -> list[str | Path]:
     return found
 
 
+def source_bytes(sources: list[str | Path]) -> int:
+    """Bytes of all files among ``sources``; a built-in set has none."""
+    return sum(source.stat().st_size for source in sources if isinstance(source, Path))
+
+
 def _has_known_suffix(path: Path) -> bool:
     name = path.name.removesuffix(".gz")
     return not path.name.startswith(".") and name.endswith(SUFFIXES)
@@ -83,10 +89,11 @@ def open_bytes(path: Path):
     return gzip.GzipFile(fileobj=stream, mode="rb") if magic == b"\x1f\x8b" else stream
 
 
-def text_chunks(path: Path) -> Iterator[str]:
+def text_chunks(path: Path, on_bytes: OnBytes | None = None) -> Iterator[str]:
     """The file's text in pieces of about 1 MiB, a byte order mark removed, ``\\r\\n`` and ``\\r`` made ``\\n``.
 
-    Raises :class:`DataError` for damaged gzip and, with the line, for bytes that are not UTF-8.
+    ``on_bytes`` is told how many bytes of the file, packed as it is, have been read. Raises :class:`DataError` for
+    damaged gzip and, with the line, for bytes that are not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line = 1
@@ -97,6 +104,8 @@ def text_chunks(path: Path) -> Iterator[str]:
                 block = stream.read(CHUNK)
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 raise DataError(f"damaged gzip file: {error}", where=path) from None
+            if on_bytes is not None:
+                on_bytes(getattr(stream, "fileobj", stream).tell())
             try:
                 text = held + decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
@@ -119,10 +128,10 @@ def text_chunks(path: Path) -> Iterator[str]:
                 return
 
 
-def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+def text_lines(path: Path, on_bytes: OnBytes | None = None) -> Iterator[tuple[int, str]]:
     """``(line number, line with its line end)``; a line above CHUNK comes in pieces, cut at a space where it has one."""
     number, rest = 1, ""
-    for chunk in text_chunks(path):
+    for chunk in text_chunks(path, on_bytes):
         lines = (rest + chunk).split("\n")
         rest = lines.pop()
         for line in lines:
