@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -69,7 +70,7 @@ def test_reusing_the_cache_changes_no_answer(tokenizer, sampling):
     assert [r.text for r in replies] == [_fresh_answer(session, turn) for turn in range(len(MESSAGES))]
     assert replies[0].reused == 0
     # All but the new message and what closes the last answer was in the cache already.
-    assert all(b.prompt_tokens - b.reused < 40 and b.reused >= a.prompt_tokens for a, b in zip(replies, replies[1:]))
+    assert all(b.prompt_tokens - b.reused < 40 and b.reused >= a.prompt_tokens for a, b in itertools.pairwise(replies))
 
 
 def test_streamed_text_is_the_answer(tokenizer):
