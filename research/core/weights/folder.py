@@ -237,11 +237,11 @@ def plan_reading(folder, spec: DecoderSpec, head: bool = True) -> Plan:
         hint = "the folder is incomplete, or its config.json belongs to another model"
         if missing == ["lm_head.weight"]:
             hint = "an embedding model has no output matrix; or set tie_word_embeddings in config.json if it is tied"
-        more = f"; {len(unexpected)} unexpected: {_some(unexpected)}" if unexpected else ""
-        raise WeightsError(f"{len(missing)} tensors are missing: {_some(missing)}{more}", where=where, hint=hint)
+        more = f"; unexpected ({len(unexpected)}): {_some(unexpected)}" if unexpected else ""
+        raise WeightsError(f"tensors missing ({len(missing)}): {_some(missing)}{more}", where=where, hint=hint)
     if unexpected:
         raise WeightsError(
-            f"{len(unexpected)} tensors do not belong to this model: {_some(unexpected)}",
+            f"tensors that do not belong to this model ({len(unexpected)}): {_some(unexpected)}",
             where=where,
             hint="does config.json belong to these weights?",
         )
