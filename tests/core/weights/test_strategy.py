@@ -170,7 +170,7 @@ def test_a_missing_stage_is_named(tmp_path):
 def test_a_file_that_contradicts_its_stage_is_named(tmp_path):
     (tmp_path / "ckpt_strategy_rank_0.ckpt").write_bytes(encode_stage({"wq": Layout((1, 2), (0, -1))}, stage=0))
     (tmp_path / "ckpt_strategy_rank_1.ckpt").write_bytes(encode_stage({"wq": Layout((1, 2), (-1, 0))}, stage=0))
-    with pytest.raises(WeightsError, match="rank_1.*contradicts"):
+    with pytest.raises(WeightsError, match=r"rank_1.*contradicts"):
         read_strategy(tmp_path)
 
 
