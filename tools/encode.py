@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
     if options.output == "-":
         answer_all(options.input, tokenizer, template, sys.stdout)
     else:
+        if Path(options.output).is_dir():
+            raise UserError("the output must be a file, this is a folder", where=options.output)
         with writing(Path(options.output)) as file:
             answer_all(options.input, tokenizer, template, file)
     return 0
@@ -65,22 +67,25 @@ def answer_all(source: str, tokenizer: Tokenizer, template: ChatTemplate, file: 
 def requests(source: str) -> Iterator[tuple[str, Any]]:
     """``(file:line, parsed line)`` of every line that is not blank."""
     if source == "-":
-        name, file = "stdin", sys.stdin.buffer
+        yield from parsed("stdin", sys.stdin.buffer)
     else:
-        name, file = source, open(require_file(source, "input"), "rb")
-    with file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{name}:{number}"
-            try:
-                yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except json.JSONDecodeError as bad:
-                raise DataError(f"not valid JSON: {bad.msg} (column {bad.colno})", where=where) from None
-            except UnicodeDecodeError as bad:
-                raise DataError(f"not UTF-8 text: {bad.reason} at byte {bad.start}", where=where) from None
-            except RecursionError:
-                raise DataError("nested too deeply", where=where) from None
+        with open(require_file(source, "input"), "rb") as file:
+            yield from parsed(source, file)
+
+
+def parsed(name: str, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{name}:{number}"
+        try:
+            yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except json.JSONDecodeError as bad:
+            raise DataError(f"not valid JSON: {bad.msg} (column {bad.colno})", where=where) from None
+        except UnicodeDecodeError as bad:
+            raise DataError(f"not UTF-8 text: {bad.reason} at byte {bad.start}", where=where) from None
+        except RecursionError:
+            raise DataError("nested too deeply", where=where) from None
 
 
 def respond(request: Any, tokenizer: Tokenizer, template: ChatTemplate) -> dict[str, Any]:
@@ -91,7 +96,7 @@ def respond(request: Any, tokenizer: Tokenizer, template: ChatTemplate) -> dict[
     for name in sorted(needed - request.keys()):
         raise DataError(f'{request["op"]} needs "{name}"')
     for name in sorted(request.keys() - needed - optional - {"op", "id"}):
-        raise DataError(f'{request["op"]} has no field "{name}"', hint=", ".join(sorted(needed | optional)))
+        print(f'warning: {request["op"]} has no field "{name}": not used', file=sys.stderr)
     if request["op"] == "encode":
         return {"ids": encode(request["text"], request.get("allowed_special"), tokenizer)}
     if request["op"] == "decode":

@@ -24,12 +24,12 @@ BASE_TOKENS = 3050  # with the 22 control tokens of Qwen2.5: 3072, a multiple of
 _RECIPE = 1  # part of the cache's name: counts the changes to how the text is chosen
 
 # Documented modules that every installation has, Debian's python3-minimal included.
-_MODULES = (
-    "argparse ast calendar collections/__init__ copy csv datetime difflib doctest email/message fractions functools "
-    "getopt gettext glob gzip heapq json/__init__ logging/__init__ optparse os pathlib pickle pprint random re/__init__ "
-    "shutil socket statistics string subprocess tarfile tempfile textwrap threading tokenize typing unittest/case "
-    "urllib/parse warnings zipfile"
-).split()
+_MODULES = """
+    argparse ast calendar collections/__init__ copy csv datetime difflib doctest email/message fractions functools
+    getopt gettext glob gzip heapq json/__init__ logging/__init__ optparse os pathlib pickle pprint random
+    re/__init__ shutil socket statistics string subprocess tarfile tempfile textwrap threading tokenize typing
+    unittest/case urllib/parse warnings zipfile
+"""
 
 # Characters of instructions in Chinese; each is made one token.
 _CHINESE = (
@@ -87,7 +87,7 @@ def corpus() -> tuple[str, ...]:
     except ImportError:  # left out of some builds
         pass
     library = Path(os.__file__).parent
-    for name in _MODULES:
+    for name in _MODULES.split():
         path = library / f"{name}.py"
         if path.is_file():
             texts += _docstrings(path.read_text(encoding="utf-8"))

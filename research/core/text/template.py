@@ -13,6 +13,7 @@ from research.core.config.names import did_you_mean
 from research.core.errors import ConfigError, DataError, require_file
 from research.core.text.chatml import CREATED, HELPFUL, ChatML, Segment
 from research.core.text.messages import Message, checked_messages
+from research.core.text.specials import END_OF_TEXT, IM_END
 from research.core.text.tokenizer import Tokenizer
 from research.core.text.vocabulary import read_json
 
@@ -198,7 +199,8 @@ class JinjaTemplate(ChatTemplate):
     default_system = None
 
     def __init__(self, source: str, name: str = "jinja", variables: dict[str, Any] | None = None):
-        self.name, self.source, self._variables = name, source, dict(variables or {})
+        self.name, self.source = name, source
+        self._variables = {"eos_token": IM_END, "pad_token": END_OF_TEXT} | (variables or {})
         self.fingerprint = hashlib.sha256(source.encode()).hexdigest()
         self._start()
 
