@@ -95,7 +95,9 @@ def _to_odd(wide: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         single = wide.astype(np.float32)
         inexact = np.isfinite(wide) & (single.astype(np.float64) != wide)
-        toward_zero = np.where(np.abs(single.astype(np.float64)) > np.abs(wide), np.nextafter(single, np.float32(0)), single)
+        toward_zero = np.where(
+            np.abs(single.astype(np.float64)) > np.abs(wide), np.nextafter(single, np.float32(0)), single
+        )
     odd = (toward_zero.view(np.uint32) | 1).view(np.float32)
     return np.where(inexact, odd, single)
 
