@@ -19,10 +19,10 @@ from research.core.run.folder import write_text
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def resolve_device(cfg: DeviceConfig, local_rank: int = 0) -> torch.device:
+def resolve_device(cfg: DeviceConfig, local_rank: int = 0, sharing: int = 1) -> torch.device:
     """The device of ``device.kind`` (auto: npu, cuda, cpu, the first that is there), and the number of CPU threads set.
 
-    Raises :class:`ConfigError` for a device that this machine does not have. The NPU branch needs torch_npu and CANN
+    ``sharing`` processes of this node share its cores. Raises :class:`ConfigError` for a device that this machine does not have. The NPU branch needs torch_npu and CANN
     and runs on such a machine only.
     """
     kind = cfg.kind
@@ -35,12 +35,17 @@ def resolve_device(cfg: DeviceConfig, local_rank: int = 0) -> torch.device:
             "no NPU is visible here (torch_npu and CANN are needed)", where="device.kind=npu", hint="DEVICE=cpu"
         )
     if kind == "cpu":
-        threads = cfg.threads or cpu_count()
+        threads = cfg.threads or cpu_count(sharing)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         return torch.device("cpu")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    there = getattr(torch, kind).device_count()
+    if local_rank >= there:
+        raise ConfigError(
+            f"only {there} {kind} devices are visible here", where="parallel.cards", hint=f"CARDS={there}"
+        )
     getattr(torch, kind).set_device(local_rank)
     return torch.device(kind, local_rank)
 
@@ -55,11 +60,11 @@ def _has_npu() -> bool:
     return torch.npu.is_available()
 
 
-def cpu_count() -> int:
-    """Cores this process may run on; ``OMP_NUM_THREADS`` lowers it."""
+def cpu_count(sharing: int = 1) -> int:
+    """Threads for this process: ``OMP_NUM_THREADS``, or its part of the cores that ``sharing`` processes may run on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(cores, int(limit))) if limit.isdigit() else cores
+    return max(1, min(cores, int(limit)) if limit.isdigit() else cores // sharing)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -34,11 +34,9 @@ class World:
     def join(cls, cfg: Config) -> World:
         """Join the process group that torchrun described in the environment, or be alone. NPUs use hccl."""
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        device = resolve_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank, sharing = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        device = resolve_device(cfg.device, local_rank, sharing)
         if size > 1:
-            if device.type == "cpu" and not cfg.device.threads:  # the cards of this node share its cores
-                local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-                torch.set_num_threads(max(1, torch.get_num_threads() // local))
             timeout = timedelta(seconds=cfg.parallel.timeout_s)
             dist.init_process_group(_BACKENDS[device.type], timeout=timeout)
         return cls(device, rank, size, sharded=size > 1 and cfg.parallel.shard == "full")
