@@ -15,6 +15,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from research.core.errors import DataError
 from research.core.text.bytelevel import ByteLevelTokenizer
 from research.core.text.save import config_fields, tokenizer_json, write_text
 from research.core.text.specials import FAMILY_SPECIALS, PATTERN, VISIBLE
@@ -49,14 +50,15 @@ _CHINESE = (
 def builtin_tokenizer() -> ByteLevelTokenizer:
     """The built-in tokenizer, from the cache or trained now. Safe for several processes at once."""
     path = _cache_folder() / f"builtin-{sys.version_info[0]}.{sys.version_info[1]}-{_corpus_digest()[:12]}.json"
-    if not path.is_file():
+    try:
+        vocabulary = read_tokenizer_json(path)
+        assert isinstance(vocabulary, Vocabulary)
+    except DataError:  # not there yet, or damaged
         vocabulary = train_builtin()
         try:
             write_text(path, tokenizer_json(vocabulary))
         except OSError:  # no room or no right to keep it: it is trained again next time
-            return _finished(vocabulary)
-    vocabulary = read_tokenizer_json(path)
-    assert isinstance(vocabulary, Vocabulary)
+            pass
     return _finished(vocabulary)
 
 

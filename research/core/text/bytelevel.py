@@ -35,7 +35,8 @@ class ByteLevelTokenizer(Tokenizer):
         self._set_specials(vocabulary.added, vocabulary.source)
         self.vocab_size = max([len(vocabulary.tokens) - 1, *self.special_tokens.values()]) + 1
         self.fingerprint = vocabulary.fingerprint()
-        self._exact = vocabulary.merges is None or merges_follow_ids(vocabulary)
+        self._complete = sum(len(token) == 1 for token in vocabulary.tokens) == 256  # else some bytes have no token
+        self._exact = self._complete and (vocabulary.merges is None or merges_follow_ids(vocabulary))
         self._start()
 
     def _start(self) -> None:
@@ -104,6 +105,8 @@ class ByteLevelTokenizer(Tokenizer):
         return b"".join([table.get(index, b"") for index in ids if index not in hidden]).decode("utf-8", "replace")
 
     def prefix_tokens(self, ids: Sequence[int], text: str, chars: int) -> int:
+        if not self._complete:
+            return sum(end <= chars for _, end in self._library.encode(text, add_special_tokens=False).offsets)
         left, count = len(text[:chars].encode("utf-8", "replace")), 0
         for index in ids:
             left -= self._lengths[index]

@@ -96,10 +96,11 @@ class LibraryStream(Stream):
         if text.endswith("\ufffd"):
             return ""
         new = text[len(self._done) :]
-        if len(self._ids) >= 16 and new:
-            # A window of the last ids keeps the left context that decides on a leading space.
-            self._ids = self._ids[-4:]
-            text = self._decode(self._ids)
+        if len(self._ids) >= 16:
+            # The last ids are context enough for a leading space, unless they begin inside a character.
+            tail = self._decode(self._ids[-4:])
+            if text.endswith(tail) and "\ufffd" not in tail:
+                self._ids, text = self._ids[-4:], tail
         self._done = text
         return new
 

@@ -88,7 +88,7 @@ def read_json(path: Path) -> object:
     """Parsed JSON, or :class:`DataError` naming the line and column."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError("file not found", where=path) from None
     except json.JSONDecodeError as bad:
         raise DataError(
@@ -277,6 +277,4 @@ def assemble(
             where=merges_path,
             hint=_DAMAGED,
         )
-    if single != 256:
-        raise DataError(f"{single} of the 256 single bytes are in it", where=path, hint=_DAMAGED)
     return Vocabulary(tokens, added, merges, source=str(path))
