@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from research.core.weights.blocks import Block, Stored
-from research.core.weights.formats import mindspore, safetensors
+from research.core.weights.formats import dcp, mindspore, safetensors
 from research.core.weights.formats.framing import Frame
 from research.core.weights.tensors import Entry, tensor_bytes
 
-SAFETENSORS, CKPT = "safetensors", "ckpt"
+SAFETENSORS, CKPT, DCP = "safetensors", "ckpt", "dcp"
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,14 @@ class TargetFile:
     """One file of tensors. ``path`` is relative to the target folder, or the file's own name when a single file is written."""
 
     path: str
-    format: str  # safetensors | ckpt
+    format: str  # safetensors | ckpt | dcp
     tensors: tuple[Target, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def frame(self) -> Frame:
         rows = [(target.name, target.dtype, target.shape) for target in self.tensors]
+        if self.format == DCP:
+            return dcp.frame(rows)
         return safetensors.frame(rows, self.metadata) if self.format == SAFETENSORS else mindspore.frame(rows)
 
 
