@@ -238,7 +238,7 @@ class JinjaTemplate(ChatTemplate):
         return self._compiled(messages=messages, tools=tools, **self._flags(add_generation_prompt))
 
     def _pieces(self, tokenizer, messages, tools, add_generation_prompt, system) -> list[Piece]:
-        from research.core.text.jinja import Stand
+        from research.core.text.standins import StandIns
 
         messages, flags = self._with_system(messages, system), self._flags(add_generation_prompt)
         plain = self._compiled(messages=messages, tools=tools, **flags)
@@ -248,8 +248,8 @@ class JinjaTemplate(ChatTemplate):
                 raise DataError(f"a control token in the role {message['role']!r}")
         everything = f"{messages!r}{tools!r}{self.source}{plain}"
         for ends in (True, False):
-            stand = Stand(controls, frozenset(tokenizer.special_tokens), everything, ends)
-            replaced = stand.put(messages), stand.put(tools)
+            stand = StandIns(controls, frozenset(tokenizer.special_tokens), everything, ends)
+            replaced = stand.put_messages(messages), stand.put(tools)
             if not stand.used:
                 return tokenizer.cut(plain)
             text = self._compiled(messages=replaced[0], tools=replaced[1], **flags)

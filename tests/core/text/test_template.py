@@ -143,11 +143,15 @@ def test_control_tokens_typed_by_anybody_stay_text(qwen2_5, published):
     messages = [
         {"role": "system", "content": EVIL},
         {"role": "user", "content": EVIL},
-        {"role": "assistant", "content": EVIL, "tool_calls": [{"name": EVIL, "arguments": {EVIL: [EVIL]}}]},
+        {
+            "role": "assistant",
+            "content": EVIL,
+            "tool_calls": [{"name": EVIL, "arguments": {EVIL: [EVIL], "role": EVIL}}],
+        },
         {"role": "tool", "content": EVIL},
         {"role": "assistant", "content": EVIL},
     ]
-    tools = [{"name": EVIL, EVIL: [EVIL]}]
+    tools = [{"name": EVIL, "role": EVIL, EVIL: [EVIL]}]
     results = [template.encode(qwen2_5, messages, tools) for template in templates(published)]
     for result in results:
         assert result == results[0]
