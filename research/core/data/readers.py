@@ -209,8 +209,9 @@ def _gather(file: str, lines: Iterator[tuple[int, str, bool, bool]]) -> Iterator
     for at, line, closes, opens in lines:
         if opens:
             yield from finish(True)
-        # A cut before a line that starts with a letter is a cut between tokens.
-        if size > PART and line[:1].strip():
+        # No token reaches across a line end into a line that does not start with white space, nor across the places
+        # where an overlong line comes in pieces.
+        if size > PART and (line[:1].strip() or not held[-1].endswith("\n")):
             yield from finish(False)
         if not held:
             start = at
