@@ -230,19 +230,29 @@ def adapter_config(decoder: nn.Module, cfg: LoraConfig, base: str | None = None)
 
 
 def adapter_tensors(decoder: nn.Module) -> dict[str, Tensor]:
-    """PEFT's keys and the adapters' tensors (not copied), in the decoder's order."""
+    """PEFT's keys and the adapters' tensors, in the decoder's order; not copied, shards of several cards put together."""
     tensors = {}
     for name, layer in lora_layers(decoder):
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+        for part in ("lora_A", "lora_B"):
+            tensor = getattr(layer, part).detach()
+            tensors[f"{PREFIX}{name}.{part}.weight"] = (
+                tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            )
     return tensors
 
 
-def save_adapter(decoder: nn.Module, folder: str | os.PathLike, cfg: LoraConfig, base: str | None = None) -> None:
-    """Write the adapter as PEFT does; each file appears under its name only when it is complete."""
+def save_adapter(
+    decoder: nn.Module, folder: str | os.PathLike, cfg: LoraConfig, base: str | None = None, write: bool = True
+) -> None:
+    """Write the adapter as PEFT does; each file appears under its name only when it is complete.
+
+    With sharded weights every card calls this and only one has ``write``.
+    """
+    tensors = {key: value.cpu().contiguous() for key, value in adapter_tensors(decoder).items()}
+    if not write:
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.cpu().contiguous() for key, value in adapter_tensors(decoder).items()}
     aside = folder / (WEIGHTS_FILE + ".partial")
     try:
         save_file(tensors, aside, metadata={"format": "pt"})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from research.core.config.schema import Config, TrainConfig
@@ -29,6 +31,7 @@ class World:
     rank: int = 0
     size: int = 1
     sharded: bool = False  # weights, gradients and optimiser state are split over the cards
+    store: dist.Store | None = None
 
     @classmethod
     def join(cls, cfg: Config) -> World:
@@ -36,10 +39,13 @@ class World:
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank, sharing = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         device = resolve_device(cfg.device, local_rank, sharing)
+        store = None
         if size > 1:
             timeout = timedelta(seconds=cfg.parallel.timeout_s)
-            dist.init_process_group(_BACKENDS[device.type], timeout=timeout)
-        return cls(device, rank, size, sharded=size > 1 and cfg.parallel.shard == "full")
+            store, rank, size = next(rendezvous("env://", timeout=timeout))
+            group = dist.PrefixStore("group", store)
+            dist.init_process_group(_BACKENDS[device.type], store=group, rank=rank, world_size=size, timeout=timeout)
+        return cls(device, rank, size, size > 1 and cfg.parallel.shard == "full", store)
 
     def leave(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -64,6 +70,19 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def after_main(self, name: str, work: Callable[[], str]) -> str:
+        """What ``work`` returns on the main rank, on every rank. It may take longer than the cards' time limit: the
+        others ask every now and then instead of waiting in a collective. ``name`` is used once."""
+        if self.size == 1:
+            return work()
+        if self.main:
+            answer = work()
+            self.store.set(name, answer)
+            return answer
+        while not self.store.check([name]):
+            time.sleep(0.5)
+        return self.store.get(name).decode()
 
     def gather(self, table: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """The ``table`` of every rank, on every rank."""

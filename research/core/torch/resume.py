@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from research.core.data.dataset import META, TOKENS
 from research.core.errors import UserError
 from research.core.torch.checkpoint import Checkpoint, load_checkpoint, random_state, restore_random_state
 from research.core.torch.optimizer import whole
@@ -122,6 +125,18 @@ def _plain(value: Any) -> Any:
 def _short(value: Any) -> str:
     text = str(value)
     return text[:12] if isinstance(value, str) and len(text) == 64 else text
+
+
+def data_fingerprint(folder: str | Path) -> str:
+    """sha256 over a prepared dataset's counts and the first and last megabyte of its training tokens."""
+    meta = json.loads((Path(folder) / META).read_text("utf-8"))
+    digest = hashlib.sha256(json.dumps([meta["splits"], meta["seq_length"]], sort_keys=True).encode())
+    tokens = Path(folder) / "train" / TOKENS
+    with open(tokens, "rb") as file:
+        digest.update(file.read(1 << 20))
+        file.seek(max(0, tokens.stat().st_size - (1 << 20)))
+        digest.update(file.read())
+    return digest.hexdigest()
 
 
 def frozen_fingerprint(decoder: torch.nn.Module) -> str:

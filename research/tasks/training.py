@@ -1,0 +1,342 @@
+"""The steps that pretrain, finetune and lora are made of, in the order in which they happen."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from research.core.config.compose import to_yaml
+from research.core.config.schema import Config
+from research.core.errors import ConfigError, UserError
+from research.core.run.folder import RunFolder
+from research.core.spec import DecoderSpec, spec_from_hf
+from research.registry import model_spec
+from research.tasks.exporting import export_options, is_chat, note
+from research.tasks.sources import check_architecture, read_json, resolve_template, resolve_tokenizer, resolve_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from research.core.evaluation.skills import Exam, Score
+    from research.core.text.template import ChatTemplate
+    from research.core.text.tokenizer import Tokenizer
+    from research.core.torch.decoder import Decoder
+    from research.core.torch.parallel import World
+    from research.core.torch.trainer import Summary, Trainer
+
+
+@dataclass
+class Job:
+    """One training run and what it works with."""
+
+    cfg: Config
+    run: RunFolder
+    world: World
+    weights: Path | None
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    spec: DecoderSpec
+    dtype: torch.dtype
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def start(cfg: Config) -> Iterator[Job]:
+    """Find everything the run needs, check it, and open the run folder; at the end write ``report.json``.
+
+    Everything a user can have got wrong is found here or in :func:`prepare_data`, before any long work.
+    """
+    weights = resolve_weights(cfg)
+    if weights is not None:
+        check_architecture(cfg, weights)
+        cfg.weights = str(weights.resolve())
+    tokenizer, template = resolve_tokenizer(cfg, weights), resolve_template(cfg, weights)
+    if weights is None:
+        spec = model_spec(cfg.model, tokens=tokenizer.vocab_size)
+    else:
+        spec = spec_from_hf(read_json(weights / "config.json"), where=str(weights / "config.json"))
+    check_training(cfg, spec, weights)
+
+    from research.core.torch.device import resolve_dtype
+    from research.core.torch.parallel import World
+
+    world = World.join(cfg)
+    names = {"task": cfg.task.name, "model": cfg.model.name, "resume": cfg.train.resume}
+    try:
+        run = RunFolder(cfg.run, main=world.main, **names)
+        run = run if world.main else RunFolder(world.tell(None), main=False, **names)
+        if world.main:
+            world.tell(str(run.path))
+        with run:
+            job = Job(cfg, run, world, weights, tokenizer, template, spec, resolve_dtype(cfg.train.dtype, world.device))
+            if world.main:
+                check_disk(cfg, spec, run.path)
+                run.write_text("config.yaml", to_yaml(cfg))
+                announce(job)
+            try:
+                yield job
+            finally:
+                if world.main and job.report:
+                    run.write_report(job.report)
+    finally:
+        world.leave()
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+def check_training(cfg: Config, spec: DecoderSpec, weights: Path | None) -> None:
+    """Raise :class:`ConfigError` for settings that cannot train this model."""
+    if cfg.model.embedding:
+        raise ConfigError(
+            "an embedding model has no output matrix to train", where=f"model={cfg.model.name}", hint="another MODEL"
+        )
+    if cfg.data.seq_length > spec.usable_length:
+        raise ConfigError(
+            f"{cfg.model.name} is made for sequences of at most {spec.usable_length} tokens",
+            where=f"data.seq_length={cfg.data.seq_length}",
+            hint=f"data.seq_length={spec.usable_length}",
+        )
+    if not cfg.train.lr > 0:
+        raise ConfigError("must be greater than 0", where=f"train.lr={cfg.train.lr}", hint="train.lr=1e-5")
+    if cfg.task.name == "lora" and weights is None:
+        raise ConfigError(
+            "an adapter is trained on weights, and there are none", where="task=lora", hint="WEIGHTS=<folder>"
+        )
+
+
+def check_disk(cfg: Config, spec: DecoderSpec, path: Path) -> None:
+    """Raise :class:`UserError` when checkpoints and exported weights will not fit on the disk."""
+    total = spec.parameters()
+    trained = total if cfg.task.name != "lora" else total // 50  # adapters are about a hundredth
+    checkpoint = 12 * trained  # fp32 weights and two moments
+    need = checkpoint * (cfg.train.keep_last + 1) + (4 * trained if cfg.train.export else 0)
+    free = shutil.disk_usage(path).free
+    if need > free:
+        raise UserError(
+            f"{cfg.train.keep_last + 1} checkpoints and the exported weights need about {need / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free",
+            where=path,
+            hint="RUN=<a folder on a larger disk>" + (", or train.keep_last=1" if cfg.train.keep_last > 1 else ""),
+        )
+
+
+def announce(job: Job) -> None:
+    """Say what will be trained, and which settings have no effect here."""
+    cfg, spec, say = job.cfg, job.spec, job.run.say
+    origin = f"from {job.weights}" if job.weights else "from scratch"
+    kind = str(job.dtype).removeprefix("torch.")
+    say(
+        f"{cfg.model.name}, {spec.parameters():,} parameters, {origin}; {kind} on {job.world.size} x {job.world.device}"
+    )
+    if cfg.train.router_aux is not None and spec.moe is None:
+        say("note: train.router_aux has no effect: this model has no experts")
+    if cfg.train.min_lr_ratio and cfg.train.schedule == "constant":
+        say("note: train.min_lr_ratio has no effect with a constant schedule")
+    if job.world.sharded and cfg.train.sample_every:
+        say("note: no samples while training with parallel.shard=full: a card has only its part of the weights")
+    if cfg.parallel.shard == "full" and job.world.size == 1:
+        say("note: parallel.shard=full has no effect on one card")
+    if cfg.train.eval_every and not cfg.data.eval_records:
+        say("note: train.eval_every has no effect with data.eval_records=0")
+
+
+# --- steps ------------------------------------------------------------------------------------------------------
+
+
+def prepare_data(job: Job) -> Path:
+    """The dataset folder: ``data.folder``, the one a resumed run left in its folder, or one prepared now."""
+    from research.tasks.data import dataset_for
+
+    def prepare() -> str:
+        left = job.run.path / "dataset"
+        if job.cfg.train.resume and job.cfg.data.folder is None and (left / "meta.json").is_file():
+            job.cfg.data.folder = str(left)
+        folder, audit = dataset_for(job.cfg, job.run, job.tokenizer, job.template, job.spec)
+        if audit is not None:
+            job.report["data"] = audit.to_json()
+        return str(folder)
+
+    return Path(job.world.after_main("dataset", prepare))
+
+
+def build_decoder(job: Job) -> Decoder:
+    """The decoder with the weights to start from: a folder's, or random ones drawn from ``train.seed``."""
+    from research.core.torch.decoder import Decoder
+    from research.core.torch.weights import load_decoder
+
+    attention, device = job.cfg.device.attention, job.world.device
+    if job.weights is not None:
+        return load_decoder(job.weights, dtype=job.dtype, device=device, attention=attention)
+    decoder = Decoder(job.spec).init_weights(job.cfg.train.seed).to(device, job.dtype)
+    decoder.use_attention(attention)
+    return decoder
+
+
+def add_adapter(job: Job, decoder: Decoder) -> None:
+    """Put a new adapter on the decoder, or the one of ``lora.adapter`` to go on with."""
+    import torch
+
+    from research.core.torch.lora import add_lora, load_adapter
+
+    cfg = job.cfg
+    dtype = torch.float32 if cfg.train.master == "fp32" else None
+    if cfg.lora.adapter is None:
+        add_lora(decoder, cfg.lora, seed=cfg.train.seed, dtype=dtype, log=job.run.say)
+        return
+    found = load_adapter(decoder, cfg.lora.adapter, dtype=dtype)
+    found.adapter, found.dropout = cfg.lora.adapter, cfg.lora.dropout
+    for _, layer in _adapted(decoder):
+        layer.dropout = cfg.lora.dropout
+    cfg.lora = found
+    job.run.say(f"LoRA goes on from {found.adapter}: rank {found.rank}, alpha {found.alpha:g}")
+
+
+def _adapted(decoder: Decoder):
+    from research.core.torch.lora import lora_layers
+
+    return lora_layers(decoder)
+
+
+def train(job: Job, decoder: Decoder, data: Path) -> Trainer:
+    """Run the training loop; the summary is in ``job.report`` afterwards."""
+    from research.core.data.dataset import PackedDataset
+    from research.core.torch.resume import data_fingerprint
+    from research.core.torch.trainer import Trainer
+
+    held_out = PackedDataset(data / "eval")
+    identity = {
+        "tokenizer": job.tokenizer.fingerprint,
+        "template": job.template.fingerprint if is_chat(job.cfg) else None,
+        "data": data_fingerprint(data),
+    }
+    sample = Sampler(job, held_out) if job.cfg.train.sample_every else None
+    trainer = Trainer(
+        job.cfg, decoder, PackedDataset(data / "train"), held_out, job.run, job.world, identity=identity, sample=sample
+    )
+    summary: Summary = trainer.fit()
+    job.report["training"] = asdict(summary)
+    job.run.say(
+        f"trained {summary.steps} steps, {summary.tokens:,} tokens in {summary.seconds:.0f} s: loss {summary.loss:.4f}, "
+        f"{summary.tokens_per_second:,.0f} tokens/s ({summary.supervised_per_second:,.0f} supervised), "
+        f"{summary.mfu:.0%} of the GEMM roofline"
+    )
+    return trainer
+
+
+class Sampler:
+    """Lets the model continue the beginnings of a few held-out documents while it trains."""
+
+    def __init__(self, job: Job, held_out, count: int = 2, room: int = 48):
+        self.tokenizer, self.room = job.tokenizer, room
+        self.eos_ids = job.tokenizer.eos_ids(chat=is_chat(job.cfg))
+        self.prompts = []
+        for number in range(min(count, held_out.documents)):
+            ids, labels = held_out.document(number)
+            supervised = int((labels != -100).argmax())
+            self.prompts.append(ids[: supervised if supervised > 1 else max(1, len(ids) // 4)].tolist())
+
+    def __call__(self, decoder: Decoder) -> str:
+        from research.core.torch.generate import generate
+
+        lines = []
+        for prompt, answer in zip(self.prompts, generate(decoder, self.prompts, None, self.room, self.eos_ids)):
+            before = self.tokenizer.decode(prompt, skip_special=True)[-120:].replace("\n", " ")
+            lines.append(f"  {before} -> {self.tokenizer.decode(answer, skip_special=True)!r}")
+        return "\n".join(lines)
+
+
+def export(job: Job, trainer: Trainer) -> Path | None:
+    """Write ``weights/`` in Hugging Face format, or ``adapter/`` in PEFT's."""
+    if not job.cfg.train.export:
+        return None
+    from research.core.torch.lora import has_lora, save_adapter
+    from research.core.torch.optimizer import whole
+    from research.core.torch.weights import save_weights
+    from research.core.weights.write import write_json
+
+    if has_lora(trainer.decoder):
+        folder = job.run.path / "adapter"
+        save_adapter(trainer.decoder, folder, job.cfg.lora, base=job.cfg.weights, write=job.world.main)
+        if job.world.main:
+            write_json(folder / "workbench.json", note(job.cfg, job.tokenizer, job.template))
+            job.run.say(f"adapter: {folder}")
+        return folder
+    folder = job.run.path / "weights"
+    parameters = {
+        name: tensor.cpu() if job.world.main else None
+        for name, tensor in ((name, whole(value)) for name, value in trainer.optimizer.weights().items())
+    }
+    if job.world.main:
+        options = export_options(job.cfg, job.tokenizer, job.template)
+        save_weights(job.spec, parameters, folder, job.dtype, overwrite=True, **options)
+        job.run.say(f"weights: {folder}")
+    return folder
+
+
+# --- the built-in skills ----------------------------------------------------------------------------------------
+
+
+def skills_exam(job: Job) -> Exam | None:
+    """The held-out questions when the built-in skills are what is trained on."""
+    data = job.cfg.data
+    if data.source != "skills" or not data.eval_records or not job.world.main:
+        return None
+    if job.world.sharded:
+        job.run.say("note: no exact match with parallel.shard=full: a card has only its part of the weights")
+        return None
+    from research.core.evaluation.skills import Exam
+
+    return Exam(
+        job.tokenizer, job.template, names=data.skills, count=data.eval_records, seed=data.seed, system=data.system
+    )
+
+
+def examine(job: Job, exam: Exam | None, decoder: Decoder, when: str) -> Score | None:
+    """Ask the held-out questions and print the share of right answers; ``when`` is before or after."""
+    if exam is None:
+        return None
+    score = exam.ask(decoder, job.tokenizer.eos_ids())
+    job.report[f"exact_match_{when}"] = {"all": score.exact_match, **score.by_skill()}
+    total = len(score.answers)
+    job.run.say(
+        f"exact match {when} training: {100 * score.exact_match:.1f} % of {total} held-out questions "
+        f"({score.seconds:.1f} s)"
+    )
+    return score
+
+
+def conclude(job: Job, before: Score | None, after: Score | None) -> None:
+    """The skills' table, sample answers, and what to try next."""
+    if not job.world.main:
+        return
+    say, run = job.run.say, job.run.path
+    if after is not None:
+        first = before.by_skill() if before else {}
+        say(f"\n{'skill':<12}{'before':>9}{'after':>9}")
+        for skill, share in after.by_skill().items():
+            say(f"{skill:<12}{100 * first.get(skill, 0.0):>7.1f} %{100 * share:>7.1f} %")
+        say("\nsample answers")
+        for sample in after.samples():
+            mark = "right" if sample.right else f"wrong, expected {sample.expected}"
+            say(f"  {sample.question}\n    -> {sample.answer}   ({mark})")
+    question = after.answers[0].question if after else "What is 2 + 3?"
+    say("\nnext")
+    if job.cfg.train.export and is_chat(job.cfg):
+        say(f"  make predict RUN={run} PROMPT={_quoted(question)}")
+        say(f"  make chat RUN={run}")
+    elif job.cfg.train.export:
+        say(f"  make predict RUN={run} PROMPT='Once upon a time' ARGS=generate.raw=true")
+    if (run / "adapter").is_dir():
+        say(f"  make merge RUN={run} OUTPUT={run / 'merged'}")
+    say(f"  tensorboard --logdir {run}")
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
