@@ -62,7 +62,7 @@ def test_the_folder_does_not_depend_on_the_number_of_workers(write, prepare, tmp
 
 
 def test_dump_rows_and_documents_hold_the_same_tokens_and_labels(write, prepare, tokenizer, template, tmp_path):
-    source = records(300)
+    source = records(300, words=12)
     dump = tmp_path / "dump.jsonl"
     report = prepare(write("x.jsonl", source), dump=str(dump), eval_records=10)
     dumped = read_dump(dump)
