@@ -62,7 +62,9 @@ def load_model(cfg: Config) -> Model:
 
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.generate.dtype, device)
-    decoder = load_decoder(weights, dtype=dtype, device=device, attention=cfg.device.attention)
+    decoder = load_decoder(
+        weights, dtype=dtype, device=device, attention=cfg.device.attention, allow_pickle=cfg.allow_pickle
+    )
     if tokenizer.vocab_size > decoder.spec.vocab:
         raise WeightsError(
             f"the vocabulary has {tokenizer.vocab_size} tokens, the weights only {decoder.spec.vocab}",
@@ -70,7 +72,7 @@ def load_model(cfg: Config) -> Model:
             hint="TOKENIZER=<the folder that belongs to these weights>",
         )
     if cfg.adapter:
-        load_adapter(decoder, cfg.adapter)
+        load_adapter(decoder, cfg.adapter, allow_pickle=cfg.allow_pickle)
     name = f"{weights} + {cfg.adapter}" if cfg.adapter else weights
     say(f"{cfg.model.name} from {name}, {str(dtype).removeprefix('torch.')} on {device}")
     return Model(Runner(decoder), tokenizer, template, sampling, end_tokens(cfg, defaults, tokenizer))

@@ -168,4 +168,5 @@ class Config:
     prompt: str | None = None  # predict: one prompt; or
     prompts: str | None = None  # a file with one prompt a line (.txt) or {"prompt"} / {"messages"} records (.jsonl)
     output: str | None = None  # export, merge: the folder to write
+    allow_pickle: bool = False  # read .bin weights and adapters where there are no safetensors: only from who you trust
     allow_special: bool = False  # let control tokens inside a user's text become control tokens
