@@ -13,6 +13,7 @@ from torch import Tensor
 from research.core.errors import ConfigError
 from research.core.torch.attention_documents import attend_varlen, from_slots, in_slots, takes_varlen
 from research.core.torch.layout import Groups, Layout
+from research.core.torch.native import ops
 
 BACKENDS = ("auto", "sdpa", "reference", "npu")
 
@@ -51,6 +52,10 @@ def attend(
         from research.core.torch.attention_npu import attend_npu
 
         return attend_npu(q_BTHD, k_BSKD, v_BSKD, layout, causal=causal, window=window)
+    if not layout.against_cache and ops.attention_ready(q_BTHD, k_BSKD, v_BSKD):
+        documents = layout.runs()
+        if documents is not None and (window is None or window >= documents.longest):
+            return _by_runs(q_BTHD, k_BSKD, v_BSKD, documents, causal)
     if layout.groups is not None:
         return _grouped(q_BTHD, k_BSKD, v_BSKD, layout.groups, causal, window)
     if layout.needs_mask(causal, window):
@@ -78,6 +83,11 @@ def _sdpa(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask: Tensor | None, c
         k, v, grouped = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1), False
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
+
+
+def _by_runs(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: ops.Documents, causal: bool) -> Tensor:
+    q_NHD, k_NKD, v_NKD = (x.reshape(-1, *x.shape[2:]) for x in (q_BTHD, k_BTKD, v_BTKD))
+    return ops.attention(q_NHD, k_NKD, v_NKD, documents, causal).view(q_BTHD.shape)
 
 
 def _grouped(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, g: Groups, causal: bool, window: int | None) -> Tensor:

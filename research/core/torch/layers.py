@@ -14,6 +14,8 @@ from research.core.spec import DecoderSpec
 from research.core.torch.attention import attend
 from research.core.torch.layout import Layout
 from research.core.torch.moe import SparseMLP
+from research.core.torch.native import ops
+from research.core.torch.packed_linear import Linear
 from research.core.torch.rotary import RopeTables, apply_rotary, scale_query
 
 
@@ -26,6 +28,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if ops.ready(x, self.weight):
+            return ops.rms_norm(x, self.weight, self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
@@ -36,12 +40,13 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, ffn: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, ffn, bias=False)
-        self.up_proj = nn.Linear(hidden, ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, hidden, bias=False)
+        self.gate_proj = Linear(hidden, ffn, bias=False)
+        self.up_proj = Linear(hidden, ffn, bias=False)
+        self.down_proj = Linear(ffn, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(ops.swiglu(gate, up) if ops.ready(gate, up) else F.silu(gate) * up)
 
 
 class Attention(nn.Module):
@@ -53,10 +58,10 @@ class Attention(nn.Module):
         self.window = spec.sliding_window if layer in spec.sliding_layers else None
         self.backend = "sdpa"
         q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        self.q_proj = nn.Linear(spec.hidden, q, bias=spec.qkv_bias)
-        self.k_proj = nn.Linear(spec.hidden, kv, bias=spec.qkv_bias)
-        self.v_proj = nn.Linear(spec.hidden, kv, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(q, spec.hidden, bias=False)
+        self.q_proj = Linear(spec.hidden, q, bias=spec.qkv_bias)
+        self.k_proj = Linear(spec.hidden, kv, bias=spec.qkv_bias)
+        self.v_proj = Linear(spec.hidden, kv, bias=spec.qkv_bias)
+        self.o_proj = Linear(q, spec.hidden, bias=False)
 
     def forward(self, x_BTH: Tensor, rope: RopeTables, layout: Layout, cache=None) -> Tensor:
         heads = (*x_BTH.shape[:2], -1, self.head_dim)

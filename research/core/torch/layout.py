@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from research.core.torch.native.ops import Documents
+
 # A document joins a group when it fills this share of the group's length; a shorter one starts the next group.
 GROUP_FILL = 0.7
 # Lengths are rounded up to this multiple before grouping, which costs little and saves groups.
@@ -68,6 +70,7 @@ class Layout:
     slots: Tensor | None = None
     added: Tensor | None = None  # [B] real tokens of this call per row (None: T)
     _masks: dict = field(default_factory=dict)
+    _runs: Documents | bool | None = None
 
     @classmethod
     def full(cls, batch: int, time: int, device: torch.device | str = "cpu") -> Layout:
@@ -173,6 +176,24 @@ class Layout:
             mask = mask & (documents[:, :, None] == documents[:, None]) & (documents[:, None] != 0)
             mask = mask | (slot == query)
         return mask[:, None]
+
+    def runs(self) -> Documents | None:
+        """The documents as runs of consecutive tokens (of B * T), for the CPU kernel; None where one has holes."""
+        if self._runs is None:
+            self._runs = self._find_runs()
+        return self._runs or None
+
+    def _find_runs(self) -> Documents | bool:
+        tokens = self.batch * self.time
+        if self.groups is None:
+            begins = torch.arange(0, tokens, self.time)
+            return Documents(begins, torch.full_like(begins, self.time), self.time, True)
+        starts = self.groups.starts.long()
+        lengths = starts.diff()
+        begins = self.groups.real_tokens[starts[:-1]]
+        if not torch.equal(self.groups.real_tokens[starts[1:] - 1], begins + lengths - 1):
+            return False
+        return Documents(begins, lengths, self.groups.longest, int(lengths.sum()) == tokens)
 
     def needs_mask(self, causal: bool, window: int | None) -> bool:
         """Whether a plain causal (or full) attention over ungrouped tokens would be wrong."""

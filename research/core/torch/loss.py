@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from research.core.torch.decoder import Decoder
 from research.core.torch.layout import Layout
 from research.core.torch.moe import RouterCounts
+from research.core.torch.native import ops
+from research.core.torch.packed_linear import linear
 
 IGNORED = -100
 
@@ -55,18 +57,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         for start in range(0, hidden_NH.shape[0], chunk):
             rows_CH = hidden_NH[start : start + chunk]
-            targets_C1 = targets_N[start : start + chunk, None]
-            logits_CV = (rows_CH @ head_VH.t()).float()
-            lse_C1 = torch.logsumexp(logits_CV, dim=1, keepdim=True)
-            total += (lse_C1 - logits_CV.gather(1, targets_C1)).sum()
-            if not (want_hidden or want_weight):
-                continue
-            # d loss / d logits = softmax - one_hot, written over the logits
-            grad_CV = logits_CV.sub_(lse_C1).exp_()
-            grad_CV.scatter_add_(1, targets_C1, grad_CV.new_full(targets_C1.shape, -1.0))
-            grad_CV = grad_CV.to(hidden_NH.dtype)
+            targets_C = targets_N[start : start + chunk]
+            losses_C, grad_CV = _softmax_loss(linear(rows_CH, head_VH), targets_C, want_hidden or want_weight)
+            total += losses_C.sum()
             if want_hidden:
-                torch.mm(grad_CV, head_VH, out=grad_hidden[start : start + chunk])
+                grad_hidden[start : start + chunk] = linear(grad_CV, head_VH.t())
             if want_weight:
                 if grad_weight is None:
                     grad_weight = (grad_CV.t() @ rows_CH).float()
@@ -91,6 +86,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
+
+
+def _softmax_loss(logits_CV: Tensor, targets_C: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of each row (fp32) and its gradient, softmax - one_hot, in the logits' dtype and possibly place."""
+    if ops.ready(logits_CV):
+        return ops.cross_entropy_(logits_CV, targets_C, with_gradient), logits_CV
+    wide_CV, targets_C1 = logits_CV.float(), targets_C[:, None]
+    lse_C1 = torch.logsumexp(wide_CV, dim=1, keepdim=True)
+    losses_C = (lse_C1 - wide_CV.gather(1, targets_C1)).squeeze(1)
+    if not with_gradient:
+        return losses_C, None
+    grad_CV = wide_CV.sub_(lse_C1).exp_()
+    grad_CV.scatter_add_(1, targets_C1, grad_CV.new_full(targets_C1.shape, -1.0))
+    return losses_C, grad_CV.to(logits_CV.dtype)
 
 
 class Objective(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from research.core.spec import DecoderSpec, RopeScaling
+from research.core.torch.native import ops
 
 
 @dataclass(eq=False)
@@ -27,6 +28,8 @@ class RopeTables:
 
 def apply_rotary(x_BTHD: Tensor, rope: RopeTables) -> Tensor:
     """Rotate the pairs (i, i + D/2). Tables in float32 on a bf16 ``x`` compute in float32 and round once."""
+    if ops.rotary_ready(x_BTHD, rope.cos):
+        return ops.rotary(x_BTHD, rope.cos, rope.sin)
     first, second = x_BTHD.chunk(2, dim=-1)
     rotated = torch.cat((first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin), dim=-1)
     return rotated.to(x_BTHD.dtype)
