@@ -153,11 +153,22 @@ class WeightFolder:
         return WeightsError("no safetensors files in this folder", where=self.folder)
 
     def _from_index(self, index: Path) -> dict[str, TensorEntry]:
+        twice: list[str] = []
+
+        def unique(pairs: list) -> dict:  # json keeps the last of two equal keys and says nothing
+            seen = dict(pairs)
+            if len(seen) < len(pairs):
+                twice.extend(name for name in seen if sum(key == name for key, _ in pairs) > 1)
+            return seen
+
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            text = index.read_text(encoding="utf-8")
+            weight_map = json.loads(text, object_pairs_hook=unique)["weight_map"]
             files = sorted(set(weight_map.values()))
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
             raise WeightsError("not a safetensors index", where=index, hint="fetch the file again") from None
+        if twice:
+            raise WeightsError(f"it names {_some(twice)} twice", where=index, hint="fetch the file again")
         headers = {}
         for name in files:
             path = self.folder / name
@@ -169,6 +180,11 @@ class WeightFolder:
                     hint="fetch them too",
                 )
             headers[name] = read_header(path)
+        places: dict[str, str] = {}
+        for name, header in headers.items():
+            for tensor in header.keys() & places.keys():
+                raise WeightsError(f"tensor {tensor} is in {places[tensor]} and in {name}", where=self.folder)
+            places |= dict.fromkeys(header, name)
         entries = {}
         for tensor, name in weight_map.items():
             if tensor not in headers[name]:

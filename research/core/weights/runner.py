@@ -44,7 +44,7 @@ def run_plan(
     target: str | os.PathLike,
     *,
     single_file: bool = False,
-    finish: Callable[[list[Written]], Mapping[str, bytes]] | None = None,
+    finish: Callable[[list[Written], Path], Mapping[str, bytes]] | None = None,
     allow_overflow: bool = False,
     overwrite: bool = False,
     threads: int = 2,
@@ -53,8 +53,8 @@ def run_plan(
 ) -> list[Written]:
     """Write the plan's files to ``target`` (a folder; with ``single_file`` the plan's one file itself).
 
-    ``finish`` makes further small files from the results (``conversion.json``); with ``plan.extra`` they go beside the
-    tensors. ``progress`` gets bytes done and in all. Raises :class:`WeightsError`: no space, target in the way, a
+    ``finish`` makes further small files (``conversion.json``) from the results and the folder where the written files
+    still are; with ``plan.extra`` they go beside the tensors. ``progress`` gets bytes done and in all. Raises :class:`WeightsError`: no space, target in the way, a
     source that turns out damaged, values that overflow. Nothing is left under ``target`` then.
     """
     target = Path(target).expanduser()
@@ -68,7 +68,7 @@ def run_plan(
         total = sum(file_target.bytes for file in plan.files for file_target in file.tensors)
         _work(plan, jobs, area, done, allow_overflow, threads, lambda count: progress(count, total))
         results = [done[file.path, t.name] for file in plan.files for t in file.tensors]
-        small = {**plan.extra, **(finish(results) if finish else {})}
+        small = {**plan.extra, **(finish(results, area.folder) if finish else {})}
         area.publish(target, plan.files, small, single_file)
     return results
 
