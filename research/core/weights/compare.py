@@ -161,9 +161,26 @@ def check_copies(opened: OpenWeights, log: Callable[[str], None] = lambda line: 
                     widen(reader.take(first, of), a.dtype), widen(reader.take(second, of), b.dtype), equal_nan=True
                 )
             if not equal:
-                raise WeightsError(
-                    f"config.json ties the output matrix to the embedding, but {second} holds other values than {first}",
-                    where=opened.path,
-                    hint='a config.json with "tie_word_embeddings": false, if the head was trained apart',
-                )
-            log(f"{second} is stored beside {first} with the same values: kept tied")
+                raise _unequal(opened, first, second)
+            if second == "lm_head.weight":
+                log(f"{second} is stored beside {first} with the same values: kept tied")
+
+
+def _unequal(opened: OpenWeights, first: Hashable, second: Hashable) -> WeightsError:
+    if opened.entries[second].name == "lm_head.weight" != opened.entries[first].name:
+        return WeightsError(
+            "config.json ties the output matrix to the embedding, but lm_head.weight holds other values than "
+            + opened.entries[first].name,
+            where=opened.path,
+            hint='a config.json with "tie_word_embeddings": false, if the head was trained apart',
+        )
+    return WeightsError(
+        f"{show(first)} and {show(second)} should be copies of one tensor but differ",
+        where=opened.path,
+        hint="are these the shards of one step of one run?",
+    )
+
+
+def show(handle: Hashable) -> str:
+    """A stored tensor's handle in a message: its name, behind the rank or part that holds it."""
+    return "/".join(map(str, handle)) if isinstance(handle, tuple) else str(handle)

@@ -11,7 +11,7 @@ from pathlib import Path
 from research.core.errors import ConfigError, WeightsError
 from research.core.weights.blocks import Copy, Stored, compose, hf_layout
 from research.core.weights.cast import Rounding
-from research.core.weights.compare import check_copies
+from research.core.weights.compare import check_copies, show
 from research.core.weights.formats.safetensors import HF_METADATA, MINDSPORE_METADATA
 from research.core.weights.layouts.mindformers import CONCAT, mindformers_layout
 from research.core.weights.opened import HUGGINGFACE, MINDFORMERS, NOTHING_SAID, OpenOptions, OpenWeights, open_weights
@@ -265,7 +265,7 @@ class _Making:
     def record(self, written: Sequence[Written], staged: Path) -> dict[str, bytes]:
         sources = self.plan.sources
         made_from = {
-            item.target.name: [str(h) for h in dict.fromkeys(c.source for c in compose(item.target.stored, sources))]
+            item.target.name: [show(h) for h in dict.fromkeys(c.source for c in compose(item.target.stored, sources))]
             for item in written
         }
         options = {key: value for key, value in asdict(self.options).items() if key not in ("overwrite", "shard_bytes")}

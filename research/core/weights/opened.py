@@ -70,6 +70,7 @@ class OpenOptions:
     concat: str | None = None  # none | stacked | grouped
     gmm: bool | None = None  # experts' two last axes exchanged
     config: str | None = None  # config.json or a folder with one, for MindFormers files
+    strategy: str | None = None  # MindSpore strategy file or folder of rank folders, when it is not beside them
     allow_pickle: bool = False
     presets: Mapping | None = None  # config.json of the named MODEL, the last resort
 
@@ -78,18 +79,22 @@ NOTHING_SAID = OpenOptions()
 
 
 def open_weights(path: str | os.PathLike, options: OpenOptions = NOTHING_SAID) -> OpenWeights:
-    """Open a Hugging Face folder, or a MindFormers file or folder with ``rank_0/``.
+    """Open a Hugging Face folder, a MindFormers file or folder with ``rank_0/``, or shards of either.
 
     Raises :class:`WeightsError` for everything that is wrong with it.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise WeightsError("not found", where=path, hint="check the path")
+    from research.core.weights import sharded  # it opens shards as whole models, with the functions below
+
+    if sharded.kind_of(path) is not None:
+        return sharded.open_sharded(path, options)
     files = mindformers_files(path)
     if files is not None:
         entries, others = read_mindformers(files)
         if _is_mindformers(entries):
-            return _open_mindformers(path, files, entries, others, options)
+            return open_mindformers(path, files, entries, others, options)
         if not _is_huggingface(entries):
             raise _unknown(path, entries)
     folder = path if path.is_dir() else path.parent
@@ -190,14 +195,10 @@ def _check_dtypes(opened: OpenWeights) -> None:
 
 def mindformers_files(path: Path) -> list[Path] | None:
     """The files of a MindFormers checkpoint at ``path``: the file itself, or ``rank_0/``'s last ``.ckpt`` by name, or its
-    safetensors. None for a folder without any. Raises :class:`WeightsError` for several ranks."""
+    safetensors. None for a folder without any."""
     if path.is_file():
         return [path] if path.suffix in (".ckpt", ".safetensors") else None
     ranks = sorted(p for p in path.glob("rank_*") if p.is_dir())
-    if len(ranks) > 1:
-        raise WeightsError(
-            f"{len(ranks)} ranks of a distributed checkpoint", where=path, hint="make merge-shards first, or reshard"
-        )
     folder = ranks[0] if ranks else path
     checkpoints = sorted(folder.glob("*.ckpt"))
     if checkpoints:
@@ -223,9 +224,10 @@ def read_mindformers(files: list[Path]) -> tuple[dict[str, Entry], list[str]]:
     return entries, others
 
 
-def _open_mindformers(
+def open_mindformers(
     path: Path, files: list[Path], entries: dict[str, Entry], others: list[str], options: OpenOptions
 ) -> OpenWeights:
+    """Match ``entries`` (read from ``files``, whole tensors) with the layout that they are of, by name and shape."""
     record = recorded_layout(files[0])
     source = find_config(path, options.config, record, options.presets)
     spec = spec_from_hf(source.config, where=source.where)
@@ -334,11 +336,11 @@ def _check_names(path: Path, entries, expected: Mapping[str, Stored], source: Co
     strange = [name for name in more if name not in set(unused)]
     hint = f"is {source.where} the config.json of this model?"
     if missing:
-        also = f"; not expected: {_some(strange)}" if strange else ""
-        raise WeightsError(f"{len(missing)} tensors are missing: {_some(missing)}{also}", where=path, hint=hint)
+        also = f"; not expected: {some(strange)}" if strange else ""
+        raise WeightsError(f"{len(missing)} tensors are missing: {some(missing)}{also}", where=path, hint=hint)
     if strange:
         raise WeightsError(
-            f"{len(strange)} tensors do not belong to this model: {_some(strange)}", where=path, hint=hint
+            f"{len(strange)} tensors do not belong to this model: {some(strange)}", where=path, hint=hint
         )
     for name, stored in expected.items():
         if entries[name].shape != stored.shape:
@@ -350,5 +352,5 @@ def _check_names(path: Path, entries, expected: Mapping[str, Stored], source: Co
     return unused
 
 
-def _some(names: list[str], count: int = 4) -> str:
+def some(names: list[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
