@@ -169,7 +169,7 @@ class Encoder:
                 part = TextPart("", part.last)
             parts.append(part)
             last.append(part.last)
-            names.append(f"{_stem(record.where)}-{record.where.record}")
+            names.append(record.where.name)
         allowed = "all" if self.allow_special else ()
         encoded = self.tokenizer.encode_batch([part.text for part in parts], allowed_special=allowed)
         for ids, part in zip(encoded, parts):
@@ -179,10 +179,6 @@ class Encoder:
         tokens = np.array(flat, np.int32)
         counts.max_id = int(tokens.max(initial=-1))
         return Block(job.split, tokens, [len(ids) for ids in encoded], names, None, last, counts)
-
-
-def _stem(where: Where) -> str:
-    return where.file.rsplit("/", 1)[-1].split(".")[0]
 
 
 def _is_unicode(text: str) -> bool:

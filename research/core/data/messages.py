@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from research.core.config.names import nearest
@@ -63,7 +62,7 @@ def to_example(record: Record, fmt: str, mindformers: bool = False) -> Example:
     _check_content(messages, where, mindformers)
     number = raw.get("id")
     return Example(
-        id=number if isinstance(number, (str, int)) else f"{Path(where.file).name.split('.')[0]}-{where.record}",
+        id=number if isinstance(number, (str, int)) else where.name,
         where=where,
         messages=messages,
         tools=_tools(raw.get("tools"), where),

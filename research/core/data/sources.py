@@ -28,6 +28,11 @@ class Where(NamedTuple):
     line: int | None
     record: int
 
+    @property
+    def name(self) -> str:
+        """A name for the record where it has none: the file's, and its number."""
+        return f"{self.file.rsplit('/', 1)[-1].split('.', 1)[0]}-{self.record}"
+
     def __str__(self) -> str:
         return f"{self.file}, record {self.record}" if self.line is None else f"{self.file}:{self.line}"
 
