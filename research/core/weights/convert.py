@@ -176,8 +176,8 @@ def make_plan(opened: OpenWeights, target: Path, options: ConvertOptions) -> tup
     targets = []
     for tensor in stored:
         copies = compose(tensor, sources)
-        dtype = options.dtype or _common_dtype(opened.entries, copies)
-        targets.append(Target(tensor, dtype, _how(tensor, copies, opened.entries, dtype)))
+        dtype = options.dtype or common_dtype(opened.entries, copies)
+        targets.append(Target(tensor, dtype, how_made(tensor, copies, opened.entries, dtype)))
     tied = ["lm_head.weight = " + stored[0].name] if spec.tied else []
     single = False
     if options.to == HUGGINGFACE:
@@ -199,14 +199,15 @@ def _mindformers_file(target: Path, targets: list[Target], options: ConvertOptio
     return [TargetFile(path, kind, tuple(targets), MINDSPORE_METADATA if kind == SAFETENSORS else {})], single, kind
 
 
-def _common_dtype(entries: Mapping, copies: Sequence[Copy]) -> str:
+def common_dtype(entries: Mapping, copies: Sequence[Copy]) -> str:
+    """The widest dtype among the sources of ``copies``."""
     kinds = {entries[copy.source].dtype for copy in copies}
     if kinds == {"BF16", "F16"}:
         return "F32"  # neither holds the other's values
     return min(kinds, key=_ORDER.index)
 
 
-def _how(tensor: Stored, copies: Sequence[Copy], entries: Mapping, dtype: str) -> str:
+def how_made(tensor: Stored, copies: Sequence[Copy], entries: Mapping, dtype: str) -> str:
     """The recipe in a few words."""
     handles = dict.fromkeys(copy.source for copy in copies)
     words = []

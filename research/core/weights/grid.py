@@ -18,7 +18,7 @@ from research.core.weights.blocks import Block, Box, Stored
 from research.core.weights.strategy import REPLICATED, Layout
 
 KV_CHOICES = ("replicate", "refuse")
-VOCAB_CHOICES = ("pad", "replicate", "refuse")
+VOCAB_CHOICES = ("pad", "replicate", "whole", "refuse")
 
 # (logical tensor, axis, unit). A unit's count and size come from the DecoderSpec.
 SHARD_RULES: tuple[tuple[str, int, str], ...] = (
@@ -249,8 +249,8 @@ def shard_model(spec: DecoderSpec, grid: Grid, kv: str = "replicate", vocab: str
     """Place a model on a grid.
 
     ``kv``: what to do when there are fewer kv heads than tensor-parallel cards: ``replicate`` each over several cards, or
-    ``refuse``. ``vocab``: what to do with a vocabulary that does not divide: ``pad`` with zero rows, keep it whole on
-    every card (``replicate``: also when it does divide), or ``refuse``.
+    ``refuse``. ``vocab``: what to do with a vocabulary that does not divide: ``pad`` with zero rows, ``replicate`` it on
+    every card, or ``refuse``; ``whole`` keeps it on every card even if it does divide (MindFormers' vocab_emb_dp).
     Raises :class:`ConfigError` naming the widths that work when heads or FFN columns would be torn.
     """
     if kv not in KV_CHOICES:
@@ -267,7 +267,7 @@ def shard_model(spec: DecoderSpec, grid: Grid, kv: str = "replicate", vocab: str
             f"{cards} cards cannot share this model: " + "; ".join(problems), where=f"grid tp{cards}", hint=hint
         )
     sharding = Sharding(spec, grid, "replicated" if spec.kv_heads % cards else "split")
-    if vocab == "replicate" and cards > 1:
+    if cards > 1 and (vocab == "whole" or (vocab == "replicate" and spec.vocab % cards)):
         return replace(sharding, vocab="replicated", padded_vocab=spec.vocab)
     padded = -(-spec.vocab // cards) * cards
     return replace(sharding, vocab="padded" if padded != spec.vocab else "split", padded_vocab=padded)
