@@ -107,6 +107,10 @@ class Layout:
         if bool((documents == documents[:, :1]).all()) and bool((documents != 0).all()):
             # One document per row; its positions may still start anywhere.
             return cls(batch, time, position_ids.long().to(device), time)
+        if not bool(documents.any()):
+            # Nothing but filling (a card's share of a last batch may be): attended like text, counted by nobody.
+            real = torch.zeros(batch, time, dtype=torch.bool, device=device)
+            return cls(batch, time, position_ids.long().to(device), time, real=real)
         width = int(documents.max()) + 1
         counts = torch.zeros(batch, width, dtype=torch.long).scatter_add_(1, documents, torch.ones_like(documents))
         real = documents != 0

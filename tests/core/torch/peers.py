@@ -10,7 +10,7 @@ from research.core.torch.decoder import Decoder
 
 BASE = {
     "vocab_size": 101,
-    "hidden_size": 48,
+    "hidden_size": 96,
     "intermediate_size": 80,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,

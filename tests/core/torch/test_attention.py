@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from research.core.torch.attention import attend, resolve_backend
 from research.core.torch.cache import KVCache
 from research.core.torch.decoder import Decoder
 from research.core.torch.layout import Layout
+from research.core.torch.native import ops
 from tests.core.torch.peers import packed_ids
 from tests.core.torch.test_decoder import SMALL
 
-HEADS, KV_HEADS, DIM = 4, 2, 8
+HEADS, KV_HEADS, DIM = 4, 2, 16
 
 
 def qkv(batch: int, time: int, seed: int = 0, dtype=torch.float32) -> list[torch.Tensor]:
@@ -137,16 +139,21 @@ def varlen(monkeypatch):
     monkeypatch.setattr(attention_documents, "varlen_operator", lambda: operator)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference", "npu", "varlen"])
+@pytest.mark.parametrize("backend", ["sdpa", "native", "reference", "npu", "varlen"])
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 4), (True, 1), (False, None)])
-def test_backends_equal_explicit_attention_with_gradients(request, backend, name, causal, window):
+def test_backends_equal_explicit_attention_with_gradients(request, monkeypatch, backend, name, causal, window):
+    operator = "sdpa" if backend in ("native", "varlen") else backend
     if backend in ("npu", "varlen"):
         request.getfixturevalue(backend)
+    if backend != "native":
+        monkeypatch.setattr(ops, "library", lambda: None)
+    elif ops.library() is None:
+        pytest.skip("no C++ compiler: the CPU kernels cannot be built")
     layout, documents = make_layout(name)
     ours, theirs = qkv(len(documents), 19), qkv(len(documents), 19)
     real = (documents != 0)[..., None, None]
-    out = attend(*ours, layout, causal=causal, window=window, backend="sdpa" if backend == "varlen" else backend)
+    out = attend(*ours, layout, causal=causal, window=window, backend=operator)
     expected = plain(*theirs, documents, causal, window)
     assert out.isfinite().all()
     # fp32 against float64 on values of size 1
@@ -162,7 +169,7 @@ def test_backends_equal_explicit_attention_with_gradients(request, backend, name
 @pytest.mark.parametrize("window", [None, 3])
 def test_backends_agree_against_the_cache(npu, backend, window):
     q, k, v = (x.detach() for x in qkv(2, 9))
-    cache = KVCache(SMALL, 2, 9, torch.float32)
+    cache = KVCache(replace(SMALL, head_dim=DIM), 2, 9, torch.float32)
     documents = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
     expected = plain(q, k, v, documents, True, window)
     outs = []

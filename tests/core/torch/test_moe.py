@@ -96,7 +96,7 @@ def test_counts_are_transformers_formula_on_given_router_logits():
     random = torch.Generator().manual_seed(0)
     _, ours = make_pair("moe")
     layer: SparseMLP = ours.model.layers[0].mlp
-    x = torch.randn(1, 50, 48, generator=random)
+    x = torch.randn(1, 50, 96, generator=random)
     with torch.no_grad():
         router = RouterCounts()
         router.add(layer(x, None, True)[1], 50)
