@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from research.core.config.compose import compose, from_yaml, group_options, translate_flags
+from research.core.config.compose import compose, compose_resumed, from_yaml, group_options, translate_flags
 from research.core.config.schema import Config
 from research.core.errors import ConfigError, run_cli
 
@@ -27,6 +27,8 @@ def run_task(words: Sequence[str], family: str | None = None) -> int:
         print(_help())
         return 0
     config = compose(words)
+    if config.train.resume and (Path(config.run) / "config.yaml").is_file():
+        config = compose_resumed(words, config.run)
     named = {word.split("=", 1)[0] for word in translate_flags(words)}
     if "model" not in named:
         _model_from_folder(config)

@@ -58,7 +58,7 @@ def _merged(weights: Path, trained: Config, adapter: dict) -> dict:
     from research.core.torch.merge import merge_and_check
     from research.core.torch.weights import load_decoder
 
-    decoder = load_decoder(weights, torch.float32)
+    decoder = load_decoder(weights, torch.float32, allow_pickle=trained.allow_pickle)
     add_lora(decoder, trained.lora)
     decoder.load_state_dict(adapter, strict=False)
     merge_and_check(decoder)

@@ -14,9 +14,9 @@ def run(cfg: Config) -> int:
         data = prepare_data(job)
         decoder = build_decoder(job)
         exam = skills_exam(job)
-        before = examine(job, exam, decoder, "before")
+        examine(job, exam, decoder, "before")
         trainer = train(job, decoder, data)
         export(job, trainer)
         after = examine(job, exam, decoder, "after")
-        conclude(job, before, after)
+        conclude(job, after)
     return 0

@@ -30,8 +30,10 @@ def run(cfg: Config) -> int:
     from research.core.torch.weights import load_decoder, resolve_dtype, save_decoder
 
     device, stored = resolve_device(cfg.device), resolve_dtype(None, weights)
-    decoder = load_decoder(weights, torch.float32, device, attention=cfg.device.attention)
-    load_adapter(decoder, cfg.adapter)
+    decoder = load_decoder(
+        weights, torch.float32, device, attention=cfg.device.attention, allow_pickle=cfg.allow_pickle
+    )
+    load_adapter(decoder, cfg.adapter, allow_pickle=cfg.allow_pickle)
     difference = merge_and_check(decoder, cfg.train.seed)
     say(f"logits of base + adapter and of the merged weights differ by at most {difference:.2e} (fp32)")
 

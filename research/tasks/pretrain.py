@@ -15,5 +15,5 @@ def run(cfg: Config) -> int:
         decoder = build_decoder(job)
         trainer = train(job, decoder, data)
         export(job, trainer)
-        conclude(job, None, None)
+        conclude(job)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from research.core.config.compose import REPO, from_yaml
@@ -151,12 +152,11 @@ def check_architecture(cfg: Config, folder: Path) -> None:
 
 
 def model_of_folder(folder: Path) -> ModelConfig:
-    """The model that a weight folder says it is: the name in its note, else one built from its ``config.json``."""
-    note = read_note(folder)
-    if note.get("model") in model_files():
-        return model_config(note["model"])
-    hf = read_json(folder / "config.json")
+    """The model that a weight folder says it is: its own ``config.json``, under the name in its note if there is one."""
+    note, hf = read_note(folder), read_json(folder / "config.json")
     spec_from_hf(hf, where=str(folder / "config.json"))
+    if note.get("model") in model_files():  # the sizes are the folder's: model.hf.* may have changed the preset's
+        return replace(model_config(note["model"]), hf=hf)
     guess = note.get("family") or ("qwen" if hf["model_type"] == "qwen" else "qwen2_5")
     return ModelConfig(name=folder.resolve().name, family=guess, hf=hf)
 

@@ -75,6 +75,8 @@ def start(cfg: Config) -> Iterator[Job]:
             job = Job(cfg, run, world, weights, tokenizer, template, spec, resolve_dtype(cfg.train.dtype, world.device))
             if world.main:
                 check_disk(cfg, spec, run.path)
+                if cfg.train.resume and (run.path / "report.json").is_file():
+                    job.report.update(read_json(run.path / "report.json"))
                 run.write_text("config.yaml", to_yaml(cfg))
                 announce(job)
             try:
@@ -171,7 +173,9 @@ def build_decoder(job: Job) -> Decoder:
 
     attention, device = job.cfg.device.attention, job.world.device
     if job.weights is not None:
-        return load_decoder(job.weights, dtype=job.dtype, device=device, attention=attention)
+        return load_decoder(
+            job.weights, dtype=job.dtype, device=device, attention=attention, allow_pickle=job.cfg.allow_pickle
+        )
     decoder = Decoder(job.spec).init_weights(job.cfg.train.seed).to(device, job.dtype)
     decoder.use_attention(attention)
     return decoder
@@ -188,7 +192,7 @@ def add_adapter(job: Job, decoder: Decoder) -> None:
     if cfg.lora.adapter is None:
         add_lora(decoder, cfg.lora, seed=cfg.train.seed, dtype=dtype, log=job.run.say)
         return
-    found = load_adapter(decoder, cfg.lora.adapter, dtype=dtype)
+    found = load_adapter(decoder, cfg.lora.adapter, dtype=dtype, allow_pickle=cfg.allow_pickle)
     found.adapter, found.dropout = cfg.lora.adapter, cfg.lora.dropout
     for _, layer in _adapted(decoder):
         layer.dropout = cfg.lora.dropout
@@ -297,8 +301,11 @@ def skills_exam(job: Job) -> Exam | None:
 
 
 def examine(job: Job, exam: Exam | None, decoder: Decoder, when: str) -> Score | None:
-    """Ask the held-out questions and print the share of right answers; ``when`` is before or after."""
-    if exam is None:
+    """Ask the held-out questions and print the share of right answers; ``when`` is before or after.
+
+    A resumed run was asked before at its first start, and has not loaded its checkpoint yet.
+    """
+    if exam is None or (when == "before" and job.cfg.train.resume):
         return None
     score = exam.ask(decoder, job.tokenizer.eos_ids())
     job.report[f"exact_match_{when}"] = {"all": score.exact_match, **score.by_skill()}
@@ -310,16 +317,17 @@ def examine(job: Job, exam: Exam | None, decoder: Decoder, when: str) -> Score |
     return score
 
 
-def conclude(job: Job, before: Score | None, after: Score | None) -> None:
+def conclude(job: Job, after: Score | None = None) -> None:
     """The skills' table, sample answers, and what to try next."""
     if not job.world.main:
         return
     say, run = job.run.say, job.run.path
     if after is not None:
-        first = before.by_skill() if before else {}
+        first = job.report.get("exact_match_before", {})
         say(f"\n{'skill':<12}{'before':>9}{'after':>9}")
-        for skill, share in after.by_skill().items():
-            say(f"{skill:<12}{100 * first.get(skill, 0.0):>7.1f} %{100 * share:>7.1f} %")
+        for skill, share in {**after.by_skill(), "all": after.exact_match}.items():
+            was = f"{100 * first[skill]:.1f} %" if skill in first else "-"
+            say(f"{skill:<12}{was:>9}{100 * share:>7.1f} %")
         say("\nsample answers")
         for sample in after.samples():
             mark = "right" if sample.right else f"wrong, expected {sample.expected}"

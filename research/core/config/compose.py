@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -39,6 +40,30 @@ def compose(words: Sequence[str] = ()) -> Config:
             _set(config, override.key, override.value)
     check(config)
     return config
+
+
+def compose_resumed(words: Sequence[str], folder: str | os.PathLike) -> Config:
+    """The configuration of the run in ``folder`` with what ``words`` name on top.
+
+    Settings, ``parallel=`` and ``device=`` count; the run keeps its own model and data, so naming them again changes
+    nothing. Raises :class:`ConfigError` for another model or task.
+    """
+    composed, saved = compose(words), from_yaml(Path(folder) / "config.yaml")
+    for override in (_override(word) for word in translate_flags(words)):
+        if override.key == "model" and composed.model.name != saved.model.name:
+            raise ConfigError(
+                f"the run trains {saved.model.name}", where=f"model={composed.model.name}", hint="leave MODEL out"
+            )
+        if override.group and override.key in ("parallel", "device"):
+            setattr(saved, override.key, getattr(composed, override.key))
+        elif not override.group and override.key != "data.source":
+            _set(saved, override.key, _get(composed, override.key))
+    if composed.task.name != saved.task.name:
+        raise ConfigError(
+            f"the run is a {saved.task.name}", where=f"task={composed.task.name}", hint=f"make {saved.task.name}"
+        )
+    check(saved)
+    return saved
 
 
 def group_options(group: str) -> list[str]:
@@ -76,11 +101,20 @@ def _no_interpolation(value):
     return re.sub(r"(\\*)\$\{", lambda run: run[1] * 2 + "\\${", value) if isinstance(value, str) else value
 
 
-def _set(config: Config, key: str, value: str) -> None:
+def _set(config: Config, key: str, value: Any) -> None:
     *path, last = key.split(".")
-    for part in path:
-        config = getattr(config, part)
-    setattr(config, last, value)
+    owner = _get(config, ".".join(path)) if path else config
+    if isinstance(owner, dict):
+        owner[last] = value
+    else:
+        setattr(owner, last, value)
+
+
+def _get(config: Config, key: str) -> Any:
+    value = config
+    for part in key.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return value
 
 
 # --- words ------------------------------------------------------------------------------------------------------
