@@ -1,0 +1,89 @@
+"""`make data` as a user starts it: what it prints, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from research.core.data.dataset import PackedDataset, read_meta
+from research.tasks.cli import main
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    path = tmp_path / "mine.jsonl"
+    with open(path, "w") as file:
+        for n in range(60):
+            record = {"instruction": f"Say {n}.", "input": "twice" if n % 2 else "", "output": f"{n} it is."}
+            file.write(json.dumps(record if n != 7 else {**record, "instruction": " "}) + "\n")
+    return path
+
+
+def words(run: Path, source: Path, *more: str) -> list[str]:
+    return ["task=data", f"run={run}", f"data={source}", "data.seq_length=128", "data.workers=1", *more]
+
+
+def test_data_ends_with_the_audit_the_folder_and_the_next_command(tmp_path, source, capsys):
+    run, dump = tmp_path / "run", tmp_path / "records.jsonl"
+    assert main(words(run, source, f"data.dump={dump}")) == 0
+    said = capsys.readouterr().err
+    for part in ("records read", "empty instruction", f"{source}:8", "⟦0 it is.<|im_end|>⟧", f"dataset: {run}/dataset"):
+        assert part in said, part
+    assert f"ARGS='data.folder={run}/dataset data.seq_length=128'" in said
+    assert len(dump.read_text().splitlines()) == 59
+    meta = read_meta(run / "dataset")
+    assert meta["splits"]["train"]["documents"] + meta["splits"]["eval"]["documents"] == 59
+    assert json.loads((run / "report.json").read_text())["read"] == 60
+    assert len(PackedDataset(run / "dataset" / "train")) > 0
+    for name in ("config.yaml", "command.txt", "log.txt"):
+        assert (run / name).read_text()
+
+
+def test_output_names_the_dataset_folder_and_a_prepared_one_is_checked(tmp_path, source, capsys):
+    folder = tmp_path / "mine"
+    assert main(words(tmp_path / "a", source, f"data.output={folder}")) == 0
+    assert (folder / "meta.json").exists() and not (tmp_path / "a" / "dataset").exists()
+    assert main(words(tmp_path / "b", source, f"data.folder={folder}")) == 0
+    capsys.readouterr()
+    assert main(words(tmp_path / "c", source, f"data.folder={folder}", "data.seq_length=64")) == 2
+    assert "prepared with 128, data.seq_length=64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("data.max_dropped=0", "data.max_dropped=0.017"),
+        ("data.seq_length=4096", "longer than the model's 2048 positions"),
+        ("data.on_long=error data.seq_length=20", "data.on_long=truncate"),
+        ("data.supervise=asistant", "did you mean assistant?"),
+    ],
+)
+def test_bad_input_is_one_clear_error_with_status_2_and_no_dataset(tmp_path, source, capsys, setting, says):
+    run = tmp_path / "run"
+    assert main(words(run, source, *setting.split())) == 2
+    assert says in capsys.readouterr().err
+    assert not (run / "dataset").exists()
+
+
+def test_the_audit_is_shown_before_its_findings_stop_the_run(tmp_path, source, capsys):
+    assert main(words(tmp_path / "run", source, "data.max_dropped=0")) == 2
+    said = capsys.readouterr().err
+    assert 0 < said.index("records read") < said.index("1 of 60 records (1.67%) were dropped")
+
+
+def test_malformed_json_names_file_and_line(tmp_path, source, capsys):
+    lines = source.read_text().splitlines()
+    lines[40] = lines[40].replace('"output"', "output")
+    source.write_text("\n".join(lines))
+    assert main(words(tmp_path / "run", source)) == 2
+    said = capsys.readouterr().err
+    assert f"{source}:41: malformed JSON" in said and "Traceback" not in said
+
+
+def test_a_vocabulary_of_another_family_is_refused(tmp_path, source, shared_data, capsys):
+    more = [f"tokenizer={shared_data / 'tokenizer_qwen'}", "model.hf.vocab_size=3072"]
+    assert main(words(tmp_path / "run", source, *more)) == 2
+    assert "does not exist in the model" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "dataset").exists()
