@@ -22,6 +22,15 @@ CHOICES = {
     "device.attention": ("auto", "sdpa", "reference", "npu"),
     "model.family": ("qwen", "qwen1_5", "qwen2", "qwen2_5"),
     "model.tokenizer": ("hub", "builtin"),
+    "convert.to": ("auto", "huggingface", "mindformers"),
+    "convert.dtype": ("keep", "fp32", "bf16", "fp16"),
+    "convert.qkv_concat": (None, "none", "stacked", "grouped", "probe"),
+    "convert.source_concat": (None, "none", "stacked", "grouped", "probe"),
+    "convert.tied_head": ("copy", "omit"),
+    "convert.files": ("ckpt", "safetensors"),
+    "verify.a_concat": (None, "none", "stacked", "grouped", "probe"),
+    "verify.b_concat": (None, "none", "stacked", "grouped", "probe"),
+    "hub.source": ("huggingface", "modelscope"),
 }
 
 # key: (lowest, whether the lowest itself is allowed, highest)
@@ -71,6 +80,9 @@ RANGES = {
     "parallel.master_port": (1, True, 65535),
     "parallel.timeout_s": (1, True, None),
     "device.threads": (0, True, None),
+    "convert.shard_gb": (0, False, None),
+    "verify.tolerance": (0, True, None),
+    "verify.tokens": (1, True, None),
 }
 
 
@@ -80,7 +92,9 @@ def check(config: Config) -> None:
         value = _get(config, key)
         if value not in options:
             raise ConfigError(
-                f"{value!r} is not a choice", where=f"{key}={value}", hint=did_you_mean(str(value), options)
+                f"{value!r} is not a choice",
+                where=f"{key}={value}",
+                hint=did_you_mean(str(value), [o for o in options if o]),
             )
     for key, (low, low_allowed, high) in RANGES.items():
         _check_range(key, _get(config, key), low, low_allowed, high)

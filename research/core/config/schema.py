@@ -144,6 +144,49 @@ class DeviceConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """``make convert``: ``weights`` -> ``output``, between Hugging Face's and MindFormers' layouts."""
+
+    to: str = "auto"  # huggingface | mindformers; auto: the one that the source is not
+    dtype: str = "keep"  # keep | fp32 | bf16 | fp16
+    qkv_concat: str | None = (
+        None  # of the MindFormers side: none | stacked | grouped; of a source also probe (try both)
+    )
+    source_concat: str | None = None  # the source's, where both sides are MindFormers
+    use_gmm: bool | None = None  # experts' matrices with exchanged axes, as grouped matmul wants them
+    tied_head: str = "copy"  # a tied head in the MindFormers file: copy | omit
+    files: str = "ckpt"  # ckpt | safetensors, where the output's name does not say
+    lora: bool = False  # the source is an adapter
+    config: str | None = None  # config.json (or its folder) of a MindFormers source; of an adapter: its base model
+    allow_overflow: bool = False  # write infinities where fp16 is too small
+    overwrite: bool = False
+    shard_gb: float = 5.0  # largest safetensors file of a Hugging Face folder
+    verify: bool = False  # compare the result with the source, tensor by tensor, at the end
+
+
+@dataclass
+class VerifyConfig:
+    """``make verify A= B=``: two weights of any layouts, tensor by tensor; ``logits``: on a fixed prompt too."""
+
+    a: str | None = None
+    b: str | None = None
+    logits: bool = False
+    tolerance: float | None = None  # largest difference of logits, relative to the largest logit; None: by dtype
+    tokens: int = 32  # length of the fixed prompt
+    a_concat: str | None = None  # none | stacked | grouped | probe, where a file does not say it
+    b_concat: str | None = None
+    config: str | None = None  # config.json of a MindFormers file that has none beside it
+
+
+@dataclass
+class HubConfig:
+    """``make weights``: where a model comes from and where it goes (``output``; default weights/<model>)."""
+
+    source: str = "huggingface"  # huggingface | modelscope; HF_ENDPOINT and MODELSCOPE_ENDPOINT name mirrors
+    revision: str | None = None  # None: main (huggingface), master (modelscope)
+
+
+@dataclass
 class TaskConfig:
     name: str = "finetune"
 
@@ -159,6 +202,9 @@ class Config:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     backend: str = "torch"  # torch | mindspore
     weights: str | None = None  # a weight folder in Hugging Face format, or a run folder
@@ -167,6 +213,6 @@ class Config:
     run: str | None = None  # the run folder to write or to go on with; None: runs/<task>/<model>/<time>
     prompt: str | None = None  # predict: one prompt; or
     prompts: str | None = None  # a file with one prompt a line (.txt) or {"prompt"} / {"messages"} records (.jsonl)
-    output: str | None = None  # export, merge: the folder to write
+    output: str | None = None  # export, merge, convert, weights: what to write
     allow_pickle: bool = False  # read .bin weights and adapters where there are no safetensors: only from who you trust
     allow_special: bool = False  # let control tokens inside a user's text become control tokens

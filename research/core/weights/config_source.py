@@ -22,10 +22,10 @@ class ConfigSource:
 
 
 def find_config(
-    path: Path, given: str | None, record: RecordedLayout | None, presets: Mapping | None = None
+    path: Path, given: str | None, record: RecordedLayout | None, presets: Mapping | ConfigSource | None = None
 ) -> ConfigSource:
     """The config.json that ``given`` names; else the one beside the weights; else the one that our record of them kept;
-    else that of the named MODEL (``presets``). Raises :class:`WeightsError` when there is none."""
+    else ``presets`` (of the output folder, or of the named MODEL). Raises :class:`WeightsError` when there is none."""
     if given is not None:
         return _given(Path(given).expanduser())
     folder = path if path.is_dir() else path.parent
@@ -34,6 +34,8 @@ def find_config(
             return ConfigSource(read_config(place), str(place / "config.json"), place)
     if record is not None and record.config:
         return ConfigSource(dict(record.config), str(record.where))
+    if isinstance(presets, ConfigSource):
+        return presets
     if presets:
         return ConfigSource(dict(presets), "the chosen MODEL")
     raise WeightsError(

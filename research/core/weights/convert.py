@@ -106,7 +106,7 @@ def convert(
     that gets ``rank_0/checkpoint_0.<files>``.
     """
     target = Path(target).expanduser()
-    _check_options(options)
+    check_options(options)
     check_apart(source.path if isinstance(source, OpenWeights) else _root(Path(source).expanduser()), target)
     opened = source if isinstance(source, OpenWeights) else open_weights(source, opening)
     check_apart(opened.path, target)
@@ -134,7 +134,8 @@ def _root(path: Path) -> Path:
     )
 
 
-def _check_options(options: ConvertOptions) -> None:
+def check_options(options: ConvertOptions) -> None:
+    """Raise :class:`ConfigError` for a value that is no choice."""
     choices = {
         "to": (HUGGINGFACE, MINDFORMERS),
         "concat": CONCAT,
@@ -200,6 +201,7 @@ def _mindformers_file(target: Path, targets: list[Target], options: ConvertOptio
 
 
 def common_dtype(entries: Mapping, copies: Sequence[Copy]) -> str:
+    """The dtype that holds the values of all sources."""
     """The widest dtype among the sources of ``copies``."""
     kinds = {entries[copy.source].dtype for copy in copies}
     if kinds == {"BF16", "F16"}:
@@ -226,6 +228,11 @@ def how_made(tensor: Stored, copies: Sequence[Copy], entries: Mapping, dtype: st
     if any(entries[handle].dtype != dtype for handle in handles):
         words.append("cast")
     return " + ".join(words)
+
+
+def sources_of(target: Target, sources: Mapping) -> list[str]:
+    """Names of the source's tensors that a target is made from."""
+    return [show(handle) for handle in dict.fromkeys(copy.source for copy in compose(target.stored, sources))]
 
 
 def _whole(copy: Copy, entries: Mapping[object, Entry]) -> bool:
@@ -265,10 +272,7 @@ class _Making:
 
     def record(self, written: Sequence[Written], staged: Path) -> dict[str, bytes]:
         sources = self.plan.sources
-        made_from = {
-            item.target.name: [show(h) for h in dict.fromkeys(c.source for c in compose(item.target.stored, sources))]
-            for item in written
-        }
+        made_from = {item.target.name: sources_of(item.target, sources) for item in written}
         options = {key: value for key, value in asdict(self.options).items() if key not in ("overwrite", "shard_bytes")}
         record = make_record(
             source={"path": str(self.opened.path), "layout": self.opened.facts},

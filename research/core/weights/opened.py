@@ -45,7 +45,7 @@ class OpenWeights:
 
     path: Path
     kind: str
-    spec: DecoderSpec
+    spec: DecoderSpec | None  # None: an adapter
     config: dict
     entries: dict[Hashable, Entry]
     tensors: list[tuple[Hashable, Stored]]
@@ -72,7 +72,7 @@ class OpenOptions:
     config: str | None = None  # config.json or a folder with one, for MindFormers files
     strategy: str | None = None  # MindSpore strategy file or folder of rank folders, when it is not beside them
     allow_pickle: bool = False
-    presets: Mapping | None = None  # config.json of the named MODEL, the last resort
+    presets: Mapping | ConfigSource | None = None  # of the output folder or the named MODEL, the last resort
 
 
 NOTHING_SAID = OpenOptions()

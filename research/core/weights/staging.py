@@ -71,6 +71,11 @@ def check_target(target: Path, plan: Plan, single_file: bool, overwrite: bool) -
             raise WeightsError("a folder is in the way of the file to write", where=target, hint="another output path")
         if target.exists() and not overwrite:
             raise WeightsError("the output file exists already", where=target, hint="another name, or remove it first")
+        beside = [target.parent / name for name in plan.extra if (target.parent / name).exists()]
+        if beside and not overwrite:
+            raise WeightsError(
+                "a file to write exists already", where=beside[0], hint="another folder, or remove it first"
+            )
         return
     if target.exists() and not target.is_dir():
         raise WeightsError("a file is in the way of the folder to write", where=target, hint="another output path")
