@@ -191,7 +191,7 @@ def _from_qwen2(config: dict) -> DecoderSpec:
     positions = int(config.get("max_position_embeddings", 32768))
     rope = dict(config.get("rope_parameters") or {})  # transformers 5
     rope.update(config.get("rope_scaling") or {})  # transformers 4
-    theta = config.get("rope_theta", rope.get("rope_theta", 1_000_000.0))
+    theta = config.get("rope_theta", rope.get("rope_theta", 10_000.0))  # transformers' default
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     return DecoderSpec(
         model_type=config["model_type"],
@@ -222,6 +222,10 @@ def _rope_scaling(rope: dict, positions: int) -> RopeScaling | None:
         return None
     if kind not in ("linear", "yarn"):
         raise WeightsError(f"rope_scaling of type {kind!r} is not known", hint="yarn or linear")
+    plain = {"mscale": None, "mscale_all_dim": None, "partial_rotary_factor": 1.0, "truncate": True}
+    foreign = [key for key, usual in plain.items() if rope.get(key, usual) not in (usual, None)]
+    if foreign:
+        raise WeightsError(f"rope_scaling has {', '.join(foreign)}, which no Qwen model uses")
     return RopeScaling(
         kind=kind,
         factor=float(rope["factor"]),

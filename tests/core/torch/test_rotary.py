@@ -8,6 +8,7 @@ from transformers import Qwen2Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
+from research.core.errors import WeightsError
 from research.core.spec import spec_from_hf
 from research.core.torch.rotary import Rotary, apply_rotary, inverse_frequencies
 
@@ -44,6 +45,20 @@ def test_yarn_attention_factor_is_on_for_short_texts_too():
     spec = spec_from_hf(make_config(SCALINGS[0], 1e6, 64).to_dict())
     tables = Rotary(spec).tables(torch.zeros(1, 1, dtype=torch.long), torch.float32)
     torch.testing.assert_close(tables.cos, torch.full_like(tables.cos, 0.1 * torch.log(torch.tensor(4.0)).item() + 1))
+
+
+def test_absent_rope_theta_means_what_transformers_takes_it_for():
+    config = Qwen2Config.from_dict({"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4})
+    given = {k: v for k, v in config.to_dict().items() if k != "rope_parameters"}
+    assert spec_from_hf(given).rope_theta == config.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("change", [{"mscale": 1.0}, {"truncate": False}, {"partial_rotary_factor": 0.5}])
+def test_scaling_that_would_be_computed_otherwise_is_refused(change):
+    config = make_config(SCALINGS[0], 1e6, 64).to_dict()
+    config["rope_parameters"] |= change
+    with pytest.raises(WeightsError, match=next(iter(change))):
+        spec_from_hf(config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
