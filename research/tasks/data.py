@@ -61,7 +61,7 @@ def dataset_for(
     """
     limits = {"model_length": spec.usable_length, "vocab_size": spec.vocab}
     if cfg.data.folder:
-        return open_prepared(cfg.data, tokenizer, template, **limits), None
+        return open_prepared(cfg.data, tokenizer, template, log=run.say, **limits), None
     cfg.data.source = resolve_data(cfg)
     folder = Path(cfg.data.output).expanduser() if cfg.data.output else run.path / "dataset"
     megabytes = source_bytes(expand_sources(cfg.data.source)) // _MB

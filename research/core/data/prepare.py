@@ -35,6 +35,14 @@ from research.core.errors import ConfigError, DataError
 JOB_RECORDS = 256
 JOB_CHARACTERS = 1 << 19
 _LOG_SECONDS = 10.0
+_FIXED = (
+    "supervise",
+    "packing",
+    "on_long",
+    "system",
+    "max_records",
+    "eval_records",
+)  # settings a prepared folder keeps
 
 
 @dataclass
@@ -105,17 +113,30 @@ def prepare_dataset(
 
 
 def open_prepared(
-    cfg: DataConfig, tokenizer: Any, template: Any, *, model_length: int | None, vocab_size: int | None
+    cfg: DataConfig,
+    tokenizer: Any,
+    template: Any,
+    *,
+    model_length: int | None,
+    vocab_size: int | None,
+    log: Callable[[str], None] = print,
 ) -> Path:
-    """The folder ``cfg.folder``, once it is known to fit: same vocabulary, template and seq_length. Raises DataError."""
+    """The folder ``cfg.folder``, once it is known to fit: same vocabulary, template and seq_length. Raises DataError.
+
+    ``log`` gets a line for each setting that was another when the folder was made, since it has no effect any more.
+    """
     _check_length(cfg.seq_length, model_length)
-    check_dataset(
+    meta = check_dataset(
         cfg.folder,
         tokenizer=tokenizer.fingerprint,
         template=template.fingerprint,
         seq_length=cfg.seq_length,
         vocab_size=vocab_size,
     )
+    for key in _FIXED:
+        made, now = meta["settings"].get(key), getattr(cfg, key)
+        if made != now:
+            log(f"{cfg.folder} was made with data.{key}={made}; data.{key}={now} has no effect")
     return Path(cfg.folder)
 
 

@@ -129,8 +129,14 @@ def _parse(item: str) -> tuple[str, Skill, int]:
 # --- The skills -------------------------------------------------------------------------------------------------
 
 
+def _number(rng: random.Random, size: int) -> int:
+    """A number up to ``size`` of any number of digits: short ones as often as long ones."""
+    digits = rng.randint(1, len(str(size)))
+    return rng.randint(0 if digits == 1 else 10 ** (digits - 1), min(size, 10**digits - 1))
+
+
 def _arithmetic(rng: random.Random, size: int) -> Question:
-    a, b = rng.randint(0, size), rng.randint(0, size)
+    a, b = _number(rng, size), _number(rng, size)
     if rng.random() < 0.5:
         low, high = sorted((a, b))
         answer = str(a + b)
@@ -209,7 +215,7 @@ def _dates(rng: random.Random, size: int) -> Question:
 
 def _units(rng: random.Random, size: int) -> Question:
     large, small, factor = rng.choice(UNITS)
-    value = rng.randint(1, size)
+    value = max(1, _number(rng, size))
     if rng.random() < 0.5:
         given, wanted, number, answer = large, small, value, value * factor
     else:

@@ -373,9 +373,11 @@ def test_memory_stays_small_for_a_large_file(tmp_path, kind):
 
 def test_a_prepared_folder_is_refused_when_it_does_not_fit(write, prepare, tokenizer, template):
     folder = prepare(write("x.jsonl", records(20))).folder
-    cfg = DataConfig(folder=str(folder), seq_length=128)
+    cfg = DataConfig(folder=str(folder), seq_length=128, eval_records=0, supervise="last")
     limits = {"model_length": 4096, "vocab_size": 3072}
-    assert open_prepared(cfg, tokenizer, template, **limits) == folder
+    said = []
+    assert open_prepared(cfg, tokenizer, template, log=said.append, **limits) == folder
+    assert said == [f"{folder} was made with data.supervise=assistant; data.supervise=last has no effect"]
     for kind, override in (("vocabulary", {"tokenizer": "0" * 64}), ("template", {"template": "0" * 64})):
         with pytest.raises(DataError, match=kind):
             check_dataset(folder, **override)
