@@ -24,7 +24,7 @@ import numpy as np
 from research.core.errors import DataError, UserError, require_file, run_cli
 
 TOKENS_AT_ONCE = 16384  # of one forward; bounds the activations
-LOGITS_AT_ONCE = 1 << 26  # elements of one block of logits (256 MB)
+LOGITS_AT_ONCE = 1 << 24  # elements of one block of logits (64 MB)
 
 
 def main(argv: Sequence[str]) -> None:
