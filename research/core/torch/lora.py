@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from research.core.config.names import did_you_mean
 from research.core.config.schema import LoraConfig
 from research.core.errors import ConfigError, WeightsError
+from research.core.torch.adapted_linear import adapted_linear
+from research.core.torch.packed_linear import Linear, linear
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -57,15 +59,17 @@ class LoraLinear(nn.Module):
             self.lora_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not (self.dropout and self.training) and not self.weight.requires_grad:
+            return adapted_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
         rows = x.reshape(-1, self.in_features)
-        dropped = F.dropout(rows, self.dropout, self.training) if self.dropout else rows
+        dropped = F.dropout(rows, self.dropout, self.training)
         low = F.linear(dropped, self.lora_A.to(x.dtype)) * self.scaling
-        out = torch.addmm(F.linear(rows, self.weight, self.bias), low, self.lora_B.to(x.dtype).t())
+        out = torch.addmm(linear(rows, self.weight, self.bias), low, self.lora_B.to(x.dtype).t())
         return out.view(*x.shape[:-1], self.out_features)
 
     def merged(self) -> nn.Linear:
         """An nn.Linear with the adapter folded in; the sum is taken in fp32 and rounded once to the base's dtype."""
-        out = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        out = Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         delta = self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
         out.weight = nn.Parameter((self.weight.detach().float() + delta).to(self.weight.dtype), requires_grad=False)
         out.bias = self.bias
@@ -79,24 +83,24 @@ class LoraLinear(nn.Module):
 
 
 def linear_names(decoder: nn.Module) -> list[str]:
-    """Names of every Linear that can carry an adapter: all but the head and the MoE routers."""
+    """Names of every Linear that can carry an adapter: all but the head, whose weight the loss reads by itself."""
     return [
         name
         for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] != "lm_head" and not name.endswith("mlp.gate")
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] != "lm_head"
     ]
 
 
 def choose_targets(decoder: nn.Module, targets: str | list[str]) -> list[str]:
     """Modules that ``targets`` selects, by PEFT's rules: ``all-linear``, a full-match expression, or a list of suffixes.
 
-    Raises :class:`ConfigError` for an entry that selects nothing.
+    ``all-linear`` leaves out the routers of an MoE, which are no Linears in transformers; they can be named. Raises :class:`ConfigError` for an entry that selects nothing.
     """
     names = linear_names(decoder)
     leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
     where = "lora.target_modules"
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        return names
+        return [name for name in names if not name.endswith(".mlp.gate")]
     if isinstance(targets, str):
         try:
             found = [name for name in names if re.fullmatch(targets, name)]
@@ -206,7 +210,8 @@ def adapter_config(decoder: nn.Module, cfg: LoraConfig, base: str | None = None)
         every = [n for n, m in decoder.named_modules() if isinstance(m, (nn.Linear, LoraLinear))]
         leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
         # the short names where they select exactly these modules, else every name in full
-        targets = leaves if [n for n in every if n.rsplit(".", 1)[-1] in leaves] == names else names
+        short = [n for n in every if n.rsplit(".", 1)[-1] in leaves]
+        targets = leaves if short == names else names
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
