@@ -47,6 +47,9 @@ def main(argv: Sequence[str]) -> None:
         "--use_gmm", type=yes_or_no, nargs="?", const=True, help="experts' axes exchanged (grouped matmul)"
     )
     parser.add_argument("--tied_head", choices=("copy", "omit"), default="copy", help="lm_head.weight of tied models")
+    parser.add_argument(
+        "--tokenizer", help="folder of the vocabulary, for --qkv_concat probe (default: beside config.json)"
+    )
     parser.add_argument("--allow_overflow", action="store_true", help="write infinities where fp16 is too small")
     parser.add_argument(
         "--allow_pickle", action="store_true", help="read .bin files (weights-only), if you trust their source"
@@ -65,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
             gmm=args.use_gmm,
             lora=args.is_lora,
             config=args.config,
+            tokenizer=args.tokenizer,
             allow_pickle=args.allow_pickle,
             verify=args.verify,
             options=ConvertOptions(

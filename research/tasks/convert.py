@@ -36,6 +36,7 @@ class Request:
     gmm: bool | None = None
     lora: bool = False
     config: str | None = None
+    tokenizer: str | None = None  # folder of the vocabulary, for the probe
     allow_pickle: bool = False
     verify: bool = False
     options: ConvertOptions = field(default_factory=ConvertOptions)
@@ -61,6 +62,7 @@ def run(cfg: Config) -> int:
         gmm=c.use_gmm,
         lora=c.lora,
         config=c.config,
+        tokenizer=cfg.tokenizer,
         allow_pickle=cfg.allow_pickle,
         verify=c.verify,
         options=ConvertOptions(
@@ -126,7 +128,7 @@ def _open(request: Request, opening: OpenOptions) -> OpenWeights:
     """The source; its layout of joined tensors is what was said, recorded or (``probe``) found out."""
     said = request.source_concat or (request.concat if request.to != MINDFORMERS else None)
     if said == "probe":
-        return open_probed(request.source, opening)
+        return open_probed(request.source, opening, request.tokenizer)
     try:
         return open_weights(request.source, replace(opening, concat=said))
     except UnknownConcat as unknown:
@@ -137,14 +139,14 @@ def _open(request: Request, opening: OpenOptions) -> OpenWeights:
         raise
 
 
-def open_probed(path: str, opening: OpenOptions) -> OpenWeights:
+def open_probed(path: str, opening: OpenOptions, tokenizer: str | None = None) -> OpenWeights:
     """Open a MindFormers file in the layout of joined tensors with which the model predicts text."""
     try:
         return open_weights(path, opening)  # apart, or recorded
     except UnknownConcat:
         from research.core.torch.probe import probe_concat
 
-        found, words = probe_concat(path, opening)
+        found, words = probe_concat(path, opening, tokenizer=tokenizer)
         say(f"qkv_concat: {words}")
         return open_weights(path, replace(opening, concat=found))
 
