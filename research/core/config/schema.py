@@ -165,6 +165,21 @@ class ConvertConfig:
 
 
 @dataclass
+class ReshardConfig:
+    """``make split``, ``merge-shards``, ``reshard``: ``weights`` -> ``output``, shards of any grid. dtype, qkv_concat, files
+    and the like of MindSpore ranks are ``convert``'s."""
+
+    to: str = "auto"  # hf | parts | ranks | dcp; auto: split parts, merge-shards hf, reshard what the source is
+    grid: str | None = None  # tp4, dp2-tp4-pp2; None: parallel.cards tensor-parallel cards
+    stage_layers: list[int] = field(default_factory=list)  # decoder layers per pipeline stage; empty: even
+    kv: str = "replicate"  # kv heads fewer than cards: replicate | refuse
+    vocab: str = "auto"  # that does not divide: pad | replicate | refuse; whole: on every card; auto: parts pad, ranks replicate
+    strategy: str | None = None  # the source's MindSpore strategy files, where they are not beside its ranks
+    target_strategy: str | None = None  # lay the ranks out as these strategy files say
+    document_names: bool = False  # ckpt_strategy_rank_N_rank_N.ckpt, as the documents list them
+
+
+@dataclass
 class VerifyConfig:
     """``make verify A= B=``: two weights of any layouts, tensor by tensor; ``logits``: on a fixed prompt too."""
 
@@ -203,6 +218,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+    reshard: ReshardConfig = field(default_factory=ReshardConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -213,6 +229,6 @@ class Config:
     run: str | None = None  # the run folder to write or to go on with; None: runs/<task>/<model>/<time>
     prompt: str | None = None  # predict: one prompt; or
     prompts: str | None = None  # a file with one prompt a line (.txt) or {"prompt"} / {"messages"} records (.jsonl)
-    output: str | None = None  # export, merge, convert, weights: what to write
+    output: str | None = None  # export, merge, convert, split, merge-shards, reshard, weights: what to write
     allow_pickle: bool = False  # read .bin weights and adapters where there are no safetensors: only from who you trust
     allow_special: bool = False  # let control tokens inside a user's text become control tokens

@@ -110,8 +110,6 @@ def reshard(
     check_copies(opened, log)
     sources = opened.sources()
     shards = _shards(opened, sources, options)
-    for note in shards.notes:
-        log(f"target: {note}")
     plan = Plan(shards.files, opened.used(), sources, shards.small)
     written = run_plan(
         plan,
