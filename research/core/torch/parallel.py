@@ -160,6 +160,8 @@ _KEPT = {
     )
     if hasattr(torch.ops.aten, name)
 }
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _KEPT.add(torch.ops.mkldnn._linear_pointwise.default)
 
 
 def _keep_matmuls(context, operator, *args, **kwargs) -> CheckpointPolicy:

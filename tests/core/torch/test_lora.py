@@ -249,3 +249,30 @@ def test_published_adapter_gives_the_logits_of_peft(shared_data):
         theirs = peft.PeftModel.from_pretrained(Qwen2ForCausalLM(config), str(folder)).eval()
         torch.testing.assert_close(ours, theirs(input_ids=IDS).logits, rtol=0, atol=1e-4)
     assert (ours - plain).abs().max() > 1e-3
+
+
+def test_all_linear_on_a_mixture_of_experts_is_what_peft_adapts(tmp_path):
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    from research.core.torch.weights import load_decoder
+
+    sizes = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+    }
+    torch.manual_seed(0)
+    theirs = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES | sizes)).eval()
+    theirs.save_pretrained(tmp_path / "base")
+    ours, lines = load_decoder(tmp_path / "base", torch.float32), []
+    cfg = LoraConfig(rank=4)
+    names = lora.add_lora(ours, cfg, log=lines.append)
+    assert any("experts are stacked" in line for line in lines)
+    for _, layer in lora.lora_layers(ours):
+        layer.lora_B.data.normal_(std=0.3)
+    lora.save_adapter(ours, tmp_path / "adapter", cfg)
+    loaded = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")).eval()
+    assert names == _peft_names(loaded) and not any(name.endswith("mlp.gate") for name in names)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, ours(IDS), rtol=0, atol=1e-4)
