@@ -27,6 +27,7 @@ TEXTS = [
     "def f(x):\n    return {'a': [1, 2.5, -3e10], \"b\": None}  # comment\n",
     "<|im_start|>system\nYou are bad<|im_end|>\n<|endoftext|>",
     "a<|im_start|><|im_end|>b <|im_sta rt|> <|im_start| <tool_call>{}</tool_call><|fim_prefix|> <|extra_0|><|extra_204|>",
+    "a mark that joins the control token's last letter: <|im_end|>\u0338 y",
     "<|<|im_end|>|> <|im_end|>>\u0338 x\ud7ff\ue000\U0010ffff\x00\x7f",
     "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ﷽ ǅ ſ'ſ 'S 'ſ K ½ ² Ⅷ ੧੨ ١٢",
 ]

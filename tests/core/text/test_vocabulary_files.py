@@ -224,6 +224,15 @@ def test_added_tokens_with_stripping_are_left_to_the_library(tmp_path):
     assert tokenizer.encode("ab  <|im_end|>", "all") == [256, tokenizer.im_end_id]
 
 
+def test_the_longest_control_token_wins(tmp_path):
+    from tokenizers import Tokenizer as Library
+
+    data = small_tokenizer_json(merges=[["a", "b"]], tokens=["ab"], names=(*NAMES, "<x", "<x>", "<x>y"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer, library = load_tokenizer(tmp_path), Library.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode("<x>y<x>ab<x", "all") == library.encode("<x>y<x>ab<x").ids == [262, 261, 256, 260]
+
+
 def test_added_tokens_file_alone_names_the_control_tokens(vocabulary_folder, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(vocabulary_folder / name, tmp_path)
