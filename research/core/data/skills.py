@@ -6,13 +6,14 @@ are one question). A hash of the key puts it into the train or the held-out spli
 in any wording. Digits are single tokens in Qwen's vocabularies; letters are spaced so that each is one too.
 
 A skill is chosen by name, or as ``name:size`` to set how hard it is:
-    arithmetic  size: the largest operand        sums and differences that are not negative
+    arithmetic  size: the largest number         a number plus or minus one digit, not below zero
     copy        size: the most letters           letters repeated
     reverse     size: the most letters           letters backwards
     sort        size: the most digits            the digits of a number in ascending order
     count       size: the most letters           how often a letter occurs
     dates       size: the most days added        a date written in words; a date some days later in the same month
     units       size: the largest whole number   km and m, m and cm, cm and mm, kg and g, l and ml, both ways
+    sums        size: the largest operand        sums and differences of two such numbers; chosen by name only
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Skill:
-    """``draw(rng, size)`` makes a question; ``size`` is the default and ``weight`` the share in the training mix."""
+    """``draw(rng, size)`` makes a question; ``size`` is the default.
+
+    ``weight`` is the share in the training mix; 0 leaves the skill out unless it is named, and counts as 1 then.
+    """
 
     draw: Callable[[random.Random, int], Question]
     size: int
@@ -60,15 +64,15 @@ class Skill:
 def generate(skills: Sequence[str], n: int, seed: int, split: str) -> Iterator[dict[str, Any]]:
     """``n`` examples ``{"id", "skill", "messages", "answer"}`` of ``split`` ``train`` or ``eval``, fixed by the seed.
 
-    ``skills`` are names or ``name:size``; empty means all of them. Held-out questions are all different, and spread
+    ``skills`` are names or ``name:size``; empty means the training mix. Held-out questions are all different, and spread
     evenly over the skills; training questions follow the weights. Raises :class:`ConfigError` for an unknown skill, or
     when there are not ``n`` different held-out questions.
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split must be train or eval, not {split!r}")
-    chosen = [_parse(item) for item in (skills or SKILLS)]
+    chosen = [_parse(item) for item in (skills or MIX)]
     rng = random.Random(f"skills {seed} {split}")
-    weights = [skill.weight if split == "train" else 1 for _, skill, _ in chosen]
+    weights = [max(1, skill.weight) for _, skill, _ in chosen]
     seen: set[str] = set()
     for number in range(n):
         if split == "train":
@@ -136,14 +140,21 @@ def _number(rng: random.Random, size: int) -> int:
 
 
 def _arithmetic(rng: random.Random, size: int) -> Question:
-    a, b = _number(rng, size), _number(rng, size)
+    return _sum(rng, _number(rng, size), rng.randint(0, 9))
+
+
+def _sums(rng: random.Random, size: int) -> Question:
+    return _sum(rng, _number(rng, size), _number(rng, size))
+
+
+def _sum(rng: random.Random, a: int, b: int) -> Question:
+    low, high = sorted((a, b))
     if rng.random() < 0.5:
-        low, high = sorted((a, b))
+        a, b = (a, b) if rng.random() < 0.5 else (b, a)
         answer = str(a + b)
         texts = (f"{a}+{b}=", f"What is {a} plus {b}?", f"Add {a} and {b}.", f"{a}加{b}等于多少？", f"计算{a}+{b}")
         return Question(f"add {low} {high}", [(text, answer) for text in texts])
-    b, a = sorted((a, b))
-    answer = str(a - b)
+    a, b, answer = high, low, str(high - low)
     texts = (f"{a}-{b}=", f"What is {a} minus {b}?", f"Subtract {b} from {a}.", f"{a}减{b}等于多少？", f"计算{a}-{b}")
     return Question(f"subtract {a} {b}", [(text, answer) for text in texts])
 
@@ -196,7 +207,7 @@ def _dates(rng: random.Random, size: int) -> Question:
     month, day = rng.randint(1, 12), rng.randint(1, 28)
     name = MONTHS[month - 1]
     if rng.random() < 0.5:
-        year = rng.randint(1900, 2099)
+        year = rng.randint(2000, 2029)
         iso = f"{year}-{month:02}-{day:02}"
         english, chinese = f"{day} {name} {year}", f"{year}年{month}月{day}日"
         wordings = [(f"Write the date {iso}", english), (f"In words: {iso}", english)]
@@ -227,10 +238,12 @@ def _units(rng: random.Random, size: int) -> Question:
 
 SKILLS: dict[str, Skill] = {
     "arithmetic": Skill(_arithmetic, size=99, least=9, weight=4),
-    "copy": Skill(_copy, size=5, least=2, weight=1),
+    "copy": Skill(_copy, size=5, least=2, weight=2),
     "reverse": Skill(_reverse, size=5, least=2, weight=2),
-    "sort": Skill(_sort, size=4, least=2, weight=2),
-    "count": Skill(_count, size=6, least=3, weight=2),
-    "dates": Skill(_dates, size=7, least=1, weight=2),
+    "sort": Skill(_sort, size=4, least=2, weight=1),
+    "count": Skill(_count, size=5, least=3, weight=3),
+    "dates": Skill(_dates, size=7, least=1, weight=3),
     "units": Skill(_units, size=99, least=9, weight=1),
+    "sums": Skill(_sums, size=99, least=9, weight=0),
 }
+MIX = tuple(name for name, skill in SKILLS.items() if skill.weight)

@@ -16,7 +16,7 @@ def question_key(example) -> tuple:
     """What a question asks, read off its text alone and whatever its wording: an independent canonical form."""
     text = example["messages"][0]["content"]
     skill = example["skill"]
-    if skill == "arithmetic":
+    if skill in ("arithmetic", "sums"):
         a, b = map(int, re.findall(r"\d+", text))
         plus = any(sign in text for sign in ("+", "加", "plus", "Add"))
         # "Subtract b from a" names the second operand first.
@@ -53,7 +53,7 @@ def right_answer(example) -> set[str]:
     skill, text = example["skill"], example["messages"][0]["content"]
     key = question_key(example)
     tail = text.split(":")[-1].strip()
-    if skill == "arithmetic":
+    if skill in ("arithmetic", "sums"):
         _, sign, low, high = key
         return {str(low + high if sign == "+" else high - low)}
     if skill == "copy":
@@ -109,6 +109,8 @@ def test_the_chosen_skills_and_sizes_are_used():
     examples = list(generate(["copy:3", "arithmetic:9"], 300, 1, "train"))
     assert {e["skill"] for e in examples} == {"copy", "arithmetic"}
     assert all(len(e["answer"]) <= 5 for e in examples)
+    assert "sums" not in {e["skill"] for e in generate([], 500, 1, "train")}
+    assert {e["skill"] for e in generate(["sums", "copy"], 50, 1, "train")} == {"sums", "copy"}
     held = Counter(e["skill"] for e in generate([], 70, 1, "eval"))
     assert set(held.values()) == {10}
 
