@@ -34,12 +34,7 @@ class KVCache:
 
     def update(self, layer: int, k_BTKD: Tensor, v_BTKD: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Write this call's keys and values; -> all of the layer's up to ``layout.horizon``, [B, S, K, D] views."""
-        if layout.horizon > self.length:
-            raise ConfigError(
-                f"{layout.horizon} tokens do not fit the key/value cache of {self.length}",
-                where="generate.max_new_tokens",
-                hint="a shorter prompt or fewer new tokens",
-            )
+        self.check_room(layout)
         k, v = self.k[layer].transpose(1, 2), self.v[layer].transpose(1, 2)
         if layout.slots is None:
             k[:, layout.start : layout.horizon] = k_BTKD
@@ -49,6 +44,15 @@ class KVCache:
             k[rows, layout.slots] = k_BTKD
             v[rows, layout.slots] = v_BTKD
         return k[:, : layout.horizon], v[:, : layout.horizon]
+
+    def check_room(self, layout: Layout) -> None:
+        """Raise :class:`ConfigError` when this call's tokens do not fit."""
+        if layout.horizon > self.length:
+            raise ConfigError(
+                f"{layout.horizon} tokens do not fit the key/value cache of {self.length}",
+                where="generate.max_new_tokens",
+                hint="a shorter prompt or fewer new tokens",
+            )
 
     def advance(self, layout: Layout) -> None:
         """Count this call's tokens, after the last layer."""

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from research.core.errors import UserError
 from research.core.torch.cache import KVCache
+from research.core.torch.compiled_step import CompiledStep
+from research.core.torch.decode_step import MOST_ROWS, DecodeStep
 from research.core.torch.decoder import Decoder
 from research.core.torch.layout import Layout
 from research.core.torch.rotary import ntk_alpha
@@ -42,12 +44,18 @@ class Result:
 
 
 class Runner:
-    """Prefill and decode steps of one decoder."""
+    """Prefill and decode steps of one decoder.
 
-    def __init__(self, decoder: Decoder):
-        self.decoder = decoder
+    A step goes layer by layer, or as one call of the native kernel where that can run the decoder
+    (:class:`DecodeStep`), or, if ``compiled``, through torch.compile. The answers are the same.
+    """
+
+    def __init__(self, decoder: Decoder, compiled: bool = False):
+        self.decoder, self.compiled = decoder, compiled
         weight = decoder.model.embed_tokens.weight
         self.dtype, self.device = weight.dtype, weight.device
+        self._compiled_step = CompiledStep(decoder) if compiled else None
+        self._native_step = DecodeStep(decoder) if not compiled and DecodeStep.fits(decoder) else None
 
     @property
     def length_limit(self) -> int:
@@ -84,6 +92,10 @@ class Runner:
     @torch.inference_mode()
     def step(self, cache: KVCache, tokens: Sequence[int]) -> Tensor:
         """One more token in every row -> float32 logits [B, V]."""
+        if self._compiled_step is not None:
+            return self._compiled_step(cache, tokens)
+        if self._native_step is not None and len(tokens) <= MOST_ROWS:
+            return self._native_step(cache, tokens)
         ids_B1 = torch.tensor(tokens, dtype=torch.long)[:, None].to(self.device)
         return self.decoder.logits(self.decoder.hidden(ids_B1, None, cache)[:, 0]).float()
 
@@ -96,17 +108,18 @@ def generate(
     eos_ids: Collection[int] = (),
     on_token: OnToken | None = None,
     batch: int = 8,
+    compiled: bool = False,
 ) -> list[list[int]]:
     """Continue token-id ``prompts``; returns the new tokens of each, in order, an end token included.
 
     ``sampling`` is one for all or one per prompt (None: greedy). Prompts run ``batch`` at a time, those of like length
-    together. Raises :class:`UserError` before anything is computed when a prompt is empty, has an id outside the
+    together; ``compiled`` runs the steps through torch.compile. Raises :class:`UserError` before anything is computed when a prompt is empty, has an id outside the
     vocabulary, or does not leave room for ``max_new_tokens``.
     """
     if not isinstance(sampling, Sequence):
         sampling = [sampling or Sampling()] * len(prompts)
     requests = [Request(p, s, max_new_tokens) for p, s in zip(prompts, sampling, strict=True)]
-    return [result.ids for result in run_requests(Runner(decoder), requests, eos_ids, on_token, batch)]
+    return [result.ids for result in run_requests(Runner(decoder, compiled), requests, eos_ids, on_token, batch)]
 
 
 def run_requests(
@@ -169,14 +182,13 @@ def continue_from(
     sampler = Sampler([r.sampling for r in requests], [r.prompt for r in requests], runner.decoder.spec.vocab)
     answers: list[list[int]] = [[] for _ in requests]
     reasons = ["length"] * len(requests)
-    rows = [row for row, request in enumerate(requests) if request.max_new_tokens > 0]  # requests still running
-    if len(rows) < len(requests):
-        cache.keep(rows)
-        logits_BV = logits_BV[rows]
-    while rows:
-        tokens = sampler(logits_BV, rows)
-        going = []
-        for place, (row, token) in enumerate(zip(rows, tokens)):
+    rows = list(range(len(requests)))  # the request in each row of the cache
+    going = [row for row in rows if requests[row].max_new_tokens > 0]  # rows of the cache that still run
+    while going:
+        chosen = sampler(logits_BV if len(going) == len(rows) else logits_BV[going], [rows[place] for place in going])
+        tokens, still = [0] * len(rows), []
+        for place, token in zip(going, chosen):
+            row = rows[place]
             answers[row].append(token)
             told_to_stop = on_token is not None and bool(on_token(row, token))
             if token in eos:
@@ -184,13 +196,15 @@ def continue_from(
             elif told_to_stop:
                 reasons[row] = "stop"
             elif len(answers[row]) < requests[row].max_new_tokens:
-                going.append(place)
-        if not going:
-            break
-        if len(going) < len(rows):
-            cache.keep(going)
-            rows, tokens = [rows[place] for place in going], [tokens[place] for place in going]
-        logits_BV = runner.step(cache, tokens)
+                tokens[place] = token
+                still.append(place)
+        if still and len(still) < len(rows) and not runner.compiled:  # a compiled step keeps its shapes
+            cache.keep(still)
+            rows, tokens = [rows[place] for place in still], [tokens[place] for place in still]
+            still = list(range(len(rows)))
+        going = still
+        if going:
+            logits_BV = runner.step(cache, tokens)
     return [Result(ids, reason) for ids, reason in zip(answers, reasons)]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from research.core.errors import UserError
 from research.core.spec import DecoderSpec, MoeSpec, RopeScaling, spec_to_hf
+from research.core.torch.decode_step import DecodeStep
 from research.core.torch.decoder import Decoder
 from research.core.torch.generate import Request, Runner, continue_from, generate, run_requests
 from research.core.torch.sampler import Sampling
@@ -58,8 +59,11 @@ def _transformers_greedy(twin, prompt: list[int], new: int) -> list[int]:
     return out[0].tolist()
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "layers"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_of_different_lengths_gives_transformers_greedy_tokens(kind):
+def test_a_batch_of_different_lengths_gives_transformers_greedy_tokens(kind, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(DecodeStep, "fits", lambda decoder: False)
     decoder = _decoder(KINDS[kind])
     twin = _transformers_twin(decoder)
     expected = [_transformers_greedy(twin, p, 64) for p in PROMPTS]
@@ -180,3 +184,13 @@ def test_weights_that_give_no_number_are_reported():
         decoder.model.norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
         generate(decoder, [[1]], max_new_tokens=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [BASE, QWEN], ids=["qwen2", "qwen"])
+def test_compiled_steps_give_the_same_tokens(spec):
+    decoder = _decoder(replace(spec, layers=1))
+    wanted = [3, 9, 12, 1, 7]  # rows end one by one while the compiled batch keeps its shape
+    requests = [Request(p, max_new_tokens=n) for p, n in zip(PROMPTS, wanted)]
+    plain, compiled = run_requests(Runner(decoder), requests), run_requests(Runner(decoder, compiled=True), requests)
+    assert compiled == plain

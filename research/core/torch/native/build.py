@@ -36,6 +36,7 @@ _SIGNATURES = {
     "attention_backward": "illllppifpppppppppi",
     "cross_entropy": "illpppii",
     "linear_rows": "illlppppi",
+    "decode_step": "ipfppppppppppi",
 }
 _TYPES = {"i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
 
