@@ -49,7 +49,7 @@ _CHINESE = (
 @lru_cache(maxsize=1)
 def builtin_tokenizer() -> ByteLevelTokenizer:
     """The built-in tokenizer, from the cache or trained now. Safe for several processes at once."""
-    path = _cache_folder() / f"builtin-{sys.version_info[0]}.{sys.version_info[1]}-{_corpus_digest()[:12]}.json"
+    path = _cache_folder() / f"builtin-{sys.version_info[0]}.{sys.version_info[1]}-{_key()}.json"
     try:
         vocabulary = read_tokenizer_json(path)
         assert isinstance(vocabulary, Vocabulary)
@@ -108,9 +108,10 @@ def _docstrings(source: str) -> list[str]:
     return [text for text in found if text]
 
 
-def _corpus_digest() -> str:
-    recipe = json.dumps([_RECIPE, BASE_TOKENS, PATTERN, FAMILY_SPECIALS["qwen2_5"]])
-    return hashlib.sha256("\0".join([recipe, *corpus()]).encode("utf-8", "replace")).hexdigest()
+def _key() -> str:
+    """Names what the vocabulary depends on: how it is made, and which Python's text it is made from."""
+    recipe = [_RECIPE, BASE_TOKENS, PATTERN, FAMILY_SPECIALS["qwen2_5"], _MODULES, _CHINESE, sys.version, os.__file__]
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
 
 
 def train_builtin() -> Vocabulary:

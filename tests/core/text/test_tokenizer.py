@@ -162,11 +162,10 @@ def test_lone_surrogates_become_replacement_characters(qwen, qwen2_5):
         assert tokenizer.decode(tokenizer.encode("\udfff<|im_end|>\ud83d", "all")) == "\ufffd<|im_end|>\ufffd"
 
 
-@pytest.mark.parametrize("text", [" " * 1_000_000, "\n" * 300_000, "a" * 300_000, "中" * 100_000], ids=repr)
-def test_long_runs_are_encoded(qwen2_5, text):
+@pytest.mark.parametrize(("unit", "count"), [(" ", 1_000_000), ("\n", 300_000), ("a", 300_000), ("中", 100_000)])
+def test_long_runs_are_encoded(qwen2_5, unit, count):
     """A million blanks overflow the stack of tiktoken's matcher."""
-    ids = qwen2_5.encode(text[: len(text)])
-    assert qwen2_5.decode(ids) == text
+    assert qwen2_5.decode(qwen2_5.encode(unit * count)) == unit * count
 
 
 def test_batches_equal_single_encodings(qwen, qwen2_5):
