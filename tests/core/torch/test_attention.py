@@ -195,6 +195,26 @@ def test_bf16_grouped_attention_rounds_like_the_reference(name):
     )
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 4), (False, None)])
+def test_cuda_attention_equals_the_explicit_one(name, causal, window):
+    _, documents = make_layout(name)
+    positions, numbers = packed_ids(LAYOUTS[name], 19)
+    layout = Layout.packed(positions, numbers, device="cuda")
+    on_card = [x.detach().cuda().requires_grad_() for x in qkv(len(documents), 19, dtype=torch.bfloat16)]
+    exact = [x.detach().cpu().requires_grad_() for x in on_card]
+    real = (documents != 0)[..., None, None]
+    out = attend(*on_card, layout, causal=causal, window=window)
+    expected = plain(*exact, documents, causal, window)
+    # bf16 rounds values up to 4 to 2^-7
+    torch.testing.assert_close((out.cpu() * real).double(), expected, atol=2e-2, rtol=0)
+    (out * real.cuda()).sum().backward()
+    expected.sum().backward()
+    for mine, reference in zip(on_card, exact):
+        torch.testing.assert_close(mine.grad.cpu().float(), reference.grad.float(), atol=5e-2, rtol=2e-2)
+
+
 def test_grouping_wastes_little_and_covers_every_token_once():
     random = torch.Generator().manual_seed(0)
     rows = []
