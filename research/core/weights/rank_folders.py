@@ -18,12 +18,13 @@ _RANK = re.compile(r"rank_(\d+)")
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank's checkpoint: its file, its tensors, and how each is cut."""
+    """One rank's checkpoint: its file, its tensors, and how each is cut. ``others``: values in it that are no tensors."""
 
     file: Path
     entries: Mapping[str, Entry]
     layouts: Mapping[str, Layout]
     device: int
+    others: tuple[str, ...] = ()
 
     def whole_shape(self, name: str) -> tuple[int, ...]:
         how, shape = self.layouts.get(name), self.entries[name].shape
@@ -55,8 +56,12 @@ def rank_file(folder: Path) -> Path:
     raise WeightsError("no .ckpt and no .safetensors file here", where=folder)
 
 
-def read_file(path: Path) -> dict[str, Entry]:
-    return safetensors.read_entries(path) if path.suffix == ".safetensors" else mindspore.read_entries(path)[0]
+def read_rank(path: Path, layouts: Mapping[str, Layout], device: int) -> Rank:
+    """A rank from its file; raises :class:`WeightsError` for a damaged one."""
+    if path.suffix == ".safetensors":
+        return Rank(path, safetensors.read_entries(path), layouts, device)
+    entries, others = mindspore.read_entries(path)
+    return Rank(path, entries, layouts, device, tuple(others))
 
 
 def find_strategy(folder: Path) -> Path | None:
@@ -99,10 +104,7 @@ def open_ranks(folder: Path, strategy: str | Path | None = None) -> tuple[Strate
             where=folder,
             hint="reshard.strategy=<the strategy files of this checkpoint>",
         )
-    ranks = []
-    for rank in range(cut.ranks):
-        path = rank_file(folders[rank])
-        ranks.append(Rank(path, read_file(path), cut.layouts(rank), cut.device(rank)))
+    ranks = [read_rank(rank_file(folders[n]), cut.layouts(n), cut.device(n)) for n in range(cut.ranks)]
     return cut, ranks
 
 
