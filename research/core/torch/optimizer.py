@@ -73,8 +73,8 @@ class Optimizer:
 
     @torch.no_grad()
     def _write_back(self) -> None:
-        if self._narrow:
-            torch._foreach_copy_([p for p, _ in self._narrow], [master for _, master in self._narrow])
+        for parameter, master in self._narrow:
+            parameter.copy_(master)
 
     # --- state ---
 

@@ -25,6 +25,9 @@ CASES = {
     "sharded lora": {"lora": LORA},
     "plain moe": MIXED,
     "sharded moe": MIXED,
+    "plain bf16": {"dtype": torch.bfloat16},
+    "sharded bf16": {"dtype": torch.bfloat16},
+    "sharded lora bf16": {"lora": LORA, "dtype": torch.bfloat16},
 }
 SETTINGS = {"steps": 6, "accumulation": 2, "router_aux": 0.0, "save_every": 3}
 
@@ -90,7 +93,7 @@ def two(tmp_path_factory, repo):
     folder = tmp_path_factory.mktemp("two")
     write_data(folder / "d")
     done = _launch(repo, folder, WORKER)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
 
@@ -98,13 +101,15 @@ def two(tmp_path_factory, repo):
 def test_two_processes_train_as_one(tmp_path, two, case):
     summary, _ = train(config(micro_batch=4, **SETTINGS), two / "d", tmp_path / "one", **CASES[case])
     a, b = (list(read_metrics(run, "train")) for run in (tmp_path / "one", two / "two" / case))
-    assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], abs=1e-5)
-    assert [r["grad_norm"] for r in a] == pytest.approx([r["grad_norm"] for r in b], rel=1e-4)
-    assert next(read_metrics(two / "two" / case, "eval"))["loss"] == pytest.approx(summary.eval_loss, abs=1e-5)
+    exact = "bf16" not in case  # gradients rounded to 8 bits are added in another order
+    assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], abs=1e-5 if exact else 5e-3)
+    assert [r["grad_norm"] for r in a] == pytest.approx([r["grad_norm"] for r in b], rel=1e-4 if exact else 2e-2)
+    evaluated = next(read_metrics(two / "two" / case, "eval"))["loss"]
+    assert evaluated == pytest.approx(summary.eval_loss, abs=1e-5 if exact else 5e-3)
     a, b = _weights(tmp_path / "one"), _weights(two / "two" / case)
     assert a.keys() == b.keys()
     for name in a:  # Adam divides by the gradient's own size: rounding of tiny gradients shows at a part of lr
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4)
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4 if exact else 1e-2)
 
 
 def test_sharded_checkpoint_resumes_on_one_card(tmp_path, two):
