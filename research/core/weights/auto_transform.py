@@ -23,6 +23,7 @@ from pathlib import Path
 
 from research.core.errors import UserError, WeightsError
 from research.core.weights.blocks import Stored, crop, index_sources, plain
+from research.core.weights.exchange import beside, check_ours, exchange
 from research.core.weights.formats.safetensors import MINDSPORE_METADATA
 from research.core.weights.opened import TRAINING_STATE, OpenOptions, mindformers_files, some
 from research.core.weights.plan import CKPT, SAFETENSORS, Plan, Target, TargetFile
@@ -89,7 +90,8 @@ def auto_transform(
         if _read_mark(folder) == mark:
             log(f"transformed before: {folder}")
             return Transformed(folder, made=False)
-        _check_ours(folder)
+        if not _only_failures(folder):
+            check_ours(folder, MARK)
         try:
             _swap_in(folder, work, mark, rank)
         except (UserError, OSError) as error:
@@ -98,6 +100,10 @@ def auto_transform(
             raise
     log(f"transformed for {target.ranks} ranks: {folder}")
     return Transformed(folder, made=True)
+
+
+def _only_failures(folder: Path) -> bool:
+    return not folder.exists() or all(_FAILURE.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _folder(parent: Path, source: Path) -> Path:
@@ -125,33 +131,15 @@ def _read_mark(folder: Path) -> dict | None:
         return None
 
 
-def _check_ours(folder: Path) -> None:
-    strange = [p for p in folder.iterdir() if not _FAILURE.fullmatch(p.name)] if folder.exists() else []
-    if strange and _read_mark(folder) is None:
-        raise WeightsError(
-            "this folder was not made by auto_trans_ckpt here and is not replaced",
-            where=folder,
-            hint="move it away, or another output folder",
-        )
-
-
 def _swap_in(folder: Path, work: _Work, mark: Mapping, rank: int) -> None:
     """Write aside, then exchange: a reader sees the former result or the new one, whole."""
-    fresh, former = folder.parent / f".{folder.name}.new", folder.parent / f".{folder.name}.old"
-    for path in (fresh, former):
-        shutil.rmtree(path, ignore_errors=True)
-    small = {
-        MARK: (json.dumps(mark, indent=2) + "\n").encode(),
-        SUCCEEDED.format(rank=rank): b"",
-    }
+    small = {MARK: (json.dumps(mark, indent=2) + "\n").encode(), SUCCEEDED.format(rank=rank): b""}
+    shutil.rmtree(beside(folder), ignore_errors=True)
     try:
-        work.write(fresh, small)
-        if folder.exists():
-            os.replace(folder, former)
-        os.replace(fresh, folder)
+        work.write(beside(folder), small)
+        exchange(folder)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(former, ignore_errors=True)
+        shutil.rmtree(beside(folder), ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -236,9 +224,7 @@ class _Work:
             "ranks", strategy=self.target_name, concat=concat, tied_head=tied_head, files=self.files,
             gmm=bool(self.opening.gmm),
         )  # fmt: skip
-        reshard(self.source, folder, options, self.opening, threads=self.threads, log=self.log)
-        for name, content in small.items():
-            (folder / name).write_bytes(content)
+        reshard(self.source, folder, options, self.opening, extra=small, threads=self.threads, log=self.log)
 
 
 def _digest(strategy: Strategy) -> str:

@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from research.core.errors import ConfigError, WeightsError
 from research.core.weights.blocks import Block, Stored, compose, hf_layout
 from research.core.weights.cast import Rounding
 from research.core.weights.compare import check_copies, show
 from research.core.weights.convert import SIDE_FILES, ConvertOptions, Summary, common_dtype, convert, how_made
+from research.core.weights.exchange import beside, check_ours, exchange
 from research.core.weights.grid import Grid, shard_model
 from research.core.weights.grid_targets import (
     Small,
@@ -79,6 +81,8 @@ def reshard(
     options: ReshardOptions,
     opening: OpenOptions,
     *,
+    extra: Mapping[str, bytes | Path] = MappingProxyType({}),
+    inside: bool = False,
     threads: int = 2,
     progress: Callable[[int, int], None] = lambda done, total: None,
     log: Callable[[str], None] = lambda line: None,
@@ -86,15 +90,16 @@ def reshard(
     """Write ``source`` (any layout, whole or in shards) to ``target`` as ``options`` say; the choices made are in the
     summary's notes and in ``conversion.json``. Replicas in the source (norms, shared kv heads) are compared first.
 
+    ``extra``: further small files for the target. ``inside``: the target may be a new folder inside the source's (as the
+    documents' ``part_model``). With ``options.overwrite`` a folder that was written here is replaced as a whole.
     Raises :class:`WeightsError` or :class:`ConfigError` and leaves nothing behind when something is wrong.
     """
     target = Path(target).expanduser()
     if options.to not in TARGETS:
         raise ConfigError(f"{options.to!r} is no target", where="reshard.to", hint=" | ".join(TARGETS))
-    if not isinstance(source, OpenWeights):
-        check_apart(Path(source).expanduser(), target)
     opened = source if isinstance(source, OpenWeights) else open_weights(source, opening)
-    check_apart(opened.path, target)
+    if not (inside and target.resolve().parent == opened.path.resolve()):
+        check_apart(opened.path, target)
     if isinstance(opened, ShardedWeights):
         for note in opened.notes:
             log(f"source: {note}")
@@ -110,17 +115,21 @@ def reshard(
     check_copies(opened, log)
     sources = opened.sources()
     shards = _shards(opened, sources, options)
-    plan = Plan(shards.files, opened.used(), sources, shards.small)
+    plan = Plan(shards.files, opened.used(), sources, {**shards.small, **extra})
+    replace = options.overwrite and target.is_dir() and any(target.iterdir())
+    if replace:
+        check_ours(target, NAME)
     written = run_plan(
         plan,
-        target,
+        beside(target) if replace else target,
         finish=lambda results, staged: {NAME: _record(opened, plan, shards, options, results, staged)},
         allow_overflow=options.allow_overflow,
-        overwrite=options.overwrite,
         threads=threads,
         progress=progress,
         log=log,
     )
+    if replace:
+        exchange(target)
     return _summary(opened, target, shards, written)
 
 
