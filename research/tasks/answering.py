@@ -58,6 +58,7 @@ def load_model(cfg: Config) -> Model:
     from research.core.torch.device import resolve_device, resolve_dtype
     from research.core.torch.generate import Runner
     from research.core.torch.lora import load_adapter
+    from research.core.torch.packed_linear import pack_frozen_linears
     from research.core.torch.weights import load_decoder
 
     device = resolve_device(cfg.device)
@@ -73,9 +74,16 @@ def load_model(cfg: Config) -> Model:
         )
     if cfg.adapter:
         load_adapter(decoder, cfg.adapter, allow_pickle=cfg.allow_pickle)
+    pack_frozen_linears(decoder.requires_grad_(False))
     name = f"{weights} + {cfg.adapter}" if cfg.adapter else weights
     say(f"{cfg.model.name} from {name}, {str(dtype).removeprefix('torch.')} on {device}")
-    return Model(Runner(decoder), tokenizer, template, sampling, end_tokens(cfg, defaults, tokenizer))
+    return Model(
+        Runner(decoder, compiled=cfg.generate.compile),
+        tokenizer,
+        template,
+        sampling,
+        end_tokens(cfg, defaults, tokenizer),
+    )
 
 
 def end_tokens(cfg: Config, defaults: GenerationDefaults, tokenizer: Tokenizer) -> tuple[int, ...]:
