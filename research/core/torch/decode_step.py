@@ -78,10 +78,9 @@ class DecodeStep:
             modules += [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
         if any(type(module) not in (Linear, nn.Linear) for module in modules):
             return False  # adapters and quantised layers have their own forward
-        plain = all(
-            p.dtype == embedding.dtype and p.is_contiguous() and p.device.type == "cpu" for p in decoder.parameters()
-        )
-        return plain and library() is not None
+        if not all(_plain(parameter, embedding.dtype) for parameter in decoder.parameters()):
+            return False
+        return library() is not None
 
     def __call__(self, cache: KVCache, tokens: Sequence[int]) -> Tensor:
         """One token in every row (at most ``MOST_ROWS``) -> float32 logits [B, V]."""
@@ -123,6 +122,12 @@ class DecodeStep:
     def _threads(self) -> int:
         # In a small model threads would wait for each other longer than they work.
         return 1 if self._elements < _ONE_THREAD else torch.get_num_threads()
+
+
+def _plain(parameter: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the address of ``parameter`` says all: not a part of one that is spread over cards."""
+    sharded = hasattr(parameter, "full_tensor")
+    return not sharded and parameter.dtype == dtype and parameter.is_contiguous() and parameter.device.type == "cpu"
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:
