@@ -15,6 +15,7 @@ import torch
 from research.core.config.schema import DeviceConfig
 from research.core.errors import ConfigError
 from research.core.run.folder import write_text
+from research.core.torch.malloc import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -38,6 +39,7 @@ def resolve_device(cfg: DeviceConfig, local_rank: int = 0, sharing: int = 1) -> 
         threads = cfg.threads or cpu_count(sharing)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+        keep_freed_memory()
         return torch.device("cpu")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
