@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from research.core.config.schema import Config
-from research.core.errors import ConfigError, WeightsError
+from research.core.errors import ConfigError, Interrupted, WeightsError
 from research.core.spec import spec_from_hf
 from research.core.weights.compare import Comparison, compare
 from research.core.weights.config_source import ConfigSource, find_config
@@ -79,7 +79,10 @@ def run(cfg: Config) -> int:
 
 def run_request(request: Request) -> Summary:
     """Do it and print the table; raises UserErrors."""
-    summary = _adapter(request) if request.lora else _weights(request)
+    try:
+        summary = _adapter(request) if request.lora else _weights(request)
+    except KeyboardInterrupt:
+        raise Interrupted(f"\ninterrupted: the same command goes on with {request.target} where it stopped") from None
     print("\n".join(summary.lines()), flush=True)
     print(f"written: {summary.target}", flush=True)
     return summary
