@@ -36,7 +36,7 @@ def convert_adapter(
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
     check_options(options)
-    in_folder = source.is_file() and source.suffix != ".ckpt"
+    in_folder = source.is_file() and source.name == SAFE
     check_apart(source.parent if in_folder else source, target)
     adapter = open_adapter(source, opening, spec)
     opened = adapter.opened

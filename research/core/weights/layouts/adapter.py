@@ -76,7 +76,7 @@ class Adapter:
     def config_for(self, to: str) -> dict:
         """``adapter_config.json`` with the target's module names."""
         config = dict(self.config)
-        table = _leaf_table(self.v1, to == MINDFORMERS)
+        table = _name_table(self.v1, to == MINDFORMERS)
         targets = config.get("target_modules")
         if isinstance(targets, list):
             config["target_modules"] = list(dict.fromkeys(new for old in targets for new in _renamed(old, table)))
@@ -292,30 +292,37 @@ def _check_base(adapter: Adapter, spec: DecoderSpec) -> None:
 # --- names in adapter_config.json ---------------------------------------------------------------------------------------
 
 
-def _leaf_table(v1: bool, forward: bool) -> dict[str, tuple[str, ...]]:
-    """Last parts of module names (``q_proj``, or ``attn.c_proj`` where the last part alone says too little)."""
-    table: dict[str, tuple[str, ...]] = {}
+def _name_table(v1: bool, forward: bool) -> dict[str, tuple[str, ...]]:
+    """Module names, whole (``mlp.up_proj``) and their last part (``up_proj``), to those of the other side."""
+    table: dict[str, tuple[str, ...]] = {"transformer.h": ("transformer.layers",)} if v1 and forward else {}
+    if v1 and not forward:
+        table["transformer.layers"] = ("transformer.h",)
     for module, parts in (QWEN1 if v1 else LLAMA).items():
-        if "shared_expert" in module:
-            continue  # the same last parts
-        leaves = tuple(part.rsplit(".", 1)[-1] for part in parts)
-        short = module.rsplit(".", 1)[-1]
+        short, leaves = _last(module), tuple(_last(part) for part in parts)
         if forward:
-            table[module] = leaves
+            table[module] = parts
             table[short] = tuple(dict.fromkeys((*table.get(short, ()), *leaves)))
-        else:
-            for leaf in leaves:
-                table[leaf] = (module if short == "c_proj" else short,)
+            continue
+        for part, leaf in zip(parts, leaves):
+            table[part] = (module,)
+            # The last part of Qwen v1's c_proj is that of two modules.
+            table.setdefault(leaf, (module if short == "c_proj" else short,))
     return table
 
 
+def _last(module: str) -> str:
+    return module.rsplit(".", 1)[-1]
+
+
 def _renamed(name: str, table: Mapping[str, tuple[str, ...]]) -> list[str]:
-    head, leaf = "", name
     for old in sorted(table, key=len, reverse=True):
         if name == old or name.endswith("." + old):
-            head, leaf = name[: -len(old)], old
-            break
-    return [head + new for new in table.get(leaf, (leaf,))]
+            head = name[: -len(old)]
+            for layers in ("transformer.h", "transformer.layers"):
+                if layers in table and head.startswith(layers + "."):
+                    head = table[layers][0] + head[len(layers) :]
+            return [head + new for new in table[old]]
+    return [name]
 
 
 def _in_pattern(expression: str, table: Mapping[str, tuple[str, ...]]) -> str:
