@@ -230,3 +230,11 @@ def test_flops_are_six_per_parameter_and_token_without_attention_and_head():
     assert step_flops(s, tokens=10, targets=0, pairs=0, frozen=False) == 6 * matrices * 10
     assert step_flops(s, tokens=10, targets=4, pairs=0, frozen=True) == 4 * (matrices * 10 + s.vocab * s.hidden * 4)
     assert document_pairs(np.array([[1, 1, 2, 0], [1, 1, 1, 1]])) == 4 + 1 + 16
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_plain_ones(tmp_path):
+    data = write_data(tmp_path / "d")
+    train(config(steps=3), data, tmp_path / "a", layers=1)
+    train(config(steps=3, compile=True), data, tmp_path / "b", layers=1)
+    assert _losses(tmp_path / "a") == pytest.approx(_losses(tmp_path / "b"), abs=1e-4)
