@@ -38,12 +38,11 @@ def _grouped_operator(x_PI: Tensor, weight_EOI: Tensor):
     operator = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
     if operator is None or x_PI.device.type not in ("cpu", "cuda"):
         return None
-    if x_PI.device.type == "cuda":
-        # The fused kernel takes bf16 with rows aligned to 16 bytes.
-        width = x_PI.element_size() * weight_EOI.shape[-1]
-        height = x_PI.element_size() * weight_EOI.shape[-2]
-        if x_PI.dtype != torch.bfloat16 or width % 16 or height % 16:
-            return None
+    # Rows must be aligned to 16 bytes (a card's share of a small expert may not be); CUDA's kernel takes bf16 only.
+    width = x_PI.element_size() * weight_EOI.shape[-1]
+    height = x_PI.element_size() * weight_EOI.shape[-2]
+    if width % 16 or height % 16 or (x_PI.device.type == "cuda" and x_PI.dtype != torch.bfloat16):
+        return None
     return operator
 
 

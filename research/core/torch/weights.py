@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from research.core.errors import WeightsError
 from research.core.spec import DecoderSpec, spec_differences, spec_to_hf
 from research.core.torch.decoder import Decoder
+from research.core.torch.sharded_weights import open_shards, sharded_parameters
 from research.core.weights.folder import Plan, WeightFolder, plan_reading, read_config, read_spec
 from research.core.weights.keys import StoredTensor, stored_tensors
 from research.core.weights.write import SHARD_BYTES, new_folder, write_json, write_tensors
@@ -92,20 +93,26 @@ def load_decoder(
     head: bool = True,
     allow_pickle: bool = False,
 ) -> Decoder:
-    """Build the decoder of a folder and fill it, one tensor at a time; in evaluation mode.
+    """Build the decoder of a folder and fill it, one tensor at a time; in evaluation mode. The folder may hold the weights
+    in shards: tensor-parallel parts, MindSpore ranks with a config.json, a torch distributed checkpoint.
 
     ``dtype``: torch dtype or its name; None keeps what ``config.json`` says. ``expect``: the spec of the chosen
     model, compared first. ``head=False`` for embedding models without an output matrix.
     Raises :class:`WeightsError` for everything that is wrong with the folder.
     """
-    spec = read_spec(folder)
+    shards = open_shards(folder)
+    spec = read_spec(folder) if shards is None else shards.spec
     if expect is not None:
         check_spec(expect, spec, folder)
-    source = open_folder(folder, allow_pickle)
-    plan = plan_reading(source, spec, head)
+    if shards is None:
+        source = open_folder(folder, allow_pickle)
+        plan = plan_reading(source, spec, head)
     with torch.device("meta"):
         decoder = Decoder(spec, head=head)
-    fill_decoder(decoder, source, plan, resolve_dtype(dtype, folder), device)
+    if shards is None:
+        fill_decoder(decoder, source, plan, resolve_dtype(dtype, folder), device)
+    else:
+        _set_parameters(decoder, sharded_parameters(shards, resolve_dtype(dtype, folder), device))
     decoder.use_attention(attention)
     return decoder.eval()
 
@@ -147,6 +154,10 @@ def fill_decoder(
             target[piece.rows_parameter[0] : piece.rows_parameter[1]] = block
     if plan.tied_head is not None:
         _check_tied_head(read_tensor(source, plan.tied_head).to(dtype), made["model.embed_tokens.weight"], source)
+    _set_parameters(decoder, made)
+
+
+def _set_parameters(decoder: Decoder, made: Mapping[str, Tensor]) -> None:
     for name, value in made.items():
         owner, _, attribute = name.rpartition(".")
         setattr(decoder.get_submodule(owner), attribute, nn.Parameter(value))

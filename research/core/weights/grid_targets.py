@@ -52,8 +52,11 @@ def parts_files(
 
 
 def part_small_files(config: Mapping, sides: Mapping[str, bytes | Path], sharding: Sharding) -> Small:
-    """Every part's ``config.json`` (the whole model's, and how it was cut) and its copies of the model's other files."""
-    small: Small = {}
+    """Every part's ``config.json`` (the whole model's, and how it was cut) and its copies of the model's other files.
+
+    The whole model's own are beside the parts, so that the folder can stand for the model (``WEIGHTS=part_model``).
+    """
+    small: Small = {"config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(), **sides}
     ranks = sharding.grid.ranks
     for rank in range(ranks):
         own = {**config, PARALLEL: {**sharding.facts(), "rank": rank}, "rank": rank, "world_size": ranks}
