@@ -288,7 +288,7 @@ def export(job: Job, trainer: Trainer) -> Path | None:
 def skills_exam(job: Job) -> Exam | None:
     """The held-out questions when the built-in skills are what is trained on."""
     data = job.cfg.data
-    if data.source != "skills" or not data.eval_records or not job.world.main:
+    if data.source != "skills" or not data.eval_records:
         return None
     if job.world.sharded:
         job.run.say("note: no exact match with parallel.shard=full: a card has only its part of the weights")
@@ -301,19 +301,24 @@ def skills_exam(job: Job) -> Exam | None:
 
 
 def examine(job: Job, exam: Exam | None, decoder: Decoder, when: str) -> Score | None:
-    """Ask the held-out questions and print the share of right answers; ``when`` is before or after.
+    """Ask the held-out questions on the main card and print the share of right answers; ``when`` is before or after.
 
     A resumed run was asked before at its first start, and has not loaded its checkpoint yet.
     """
     if exam is None or (when == "before" and job.cfg.train.resume):
         return None
-    score = exam.ask(decoder, job.tokenizer.eos_ids())
-    job.report[f"exact_match_{when}"] = {"all": score.exact_match, **score.by_skill()}
-    total = len(score.answers)
-    job.run.say(
-        f"exact match {when} training: {100 * score.exact_match:.1f} % of {total} held-out questions "
-        f"({score.seconds:.1f} s)"
-    )
+    score: Score | None = None
+
+    def ask() -> str:
+        nonlocal score
+        score = exam.ask(decoder, job.tokenizer.eos_ids())
+        job.report[f"exact_match_{when}"] = {"all": score.exact_match, **score.by_skill()}
+        return (
+            f"exact match {when} training: {100 * score.exact_match:.1f} % of {len(score.answers)} held-out questions "
+            f"({score.seconds:.1f} s)"
+        )
+
+    job.run.say(job.world.after_main(f"exam {when}", ask))
     return score
 
 

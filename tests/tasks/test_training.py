@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -240,6 +244,40 @@ def test_resume_by_run_folder_alone_takes_the_runs_own_settings(tmp_path, finetu
 def test_resume_of_another_model_is_refused(finetuned, capsys):
     assert main(["task=finetune", "model=qwen1_5_tiny", f"run={finetuned}", "train.resume=true"]) == 2
     assert "the run trains qwen2_5_tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_run_exits_130_and_its_own_command_goes_on(tmp_path, repo, number):
+    data, run = _records(tmp_path / "d.jsonl"), tmp_path / "run"
+    words = ["task=finetune", f"run={run}", *SMALL, "train.steps=100000", f"data={data}"]
+    command = [sys.executable, "research/qwen2_5/run_qwen2_5.py"]
+    process = subprocess.Popen(
+        [*command, *words], cwd=repo, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("train step 3/"):
+            process.send_signal(number)
+    assert process.wait(timeout=60) == 130
+    assert f"make finetune RUN={run} ARGS=train.resume=true" in lines[-1] and "Traceback" not in "".join(lines)
+    step = json.loads(next((run / "checkpoints").glob("*/meta.json")).read_text())["step"]
+    assert main(["task=finetune", f"run={run}", "train.resume=true", f"train.steps={step + 1}"]) == 0
+    assert [r["step"] for r in read_metrics(run, "train")] == list(range(1, step + 2))
+
+
+def test_two_cards_start_from_one_command(tmp_path, repo):
+    data, run = _records(tmp_path / "d.jsonl"), tmp_path / "run"
+    words = ["task=finetune", f"run={run}", *SMALL, "train.steps=2", f"data={data}", "parallel.cards=2", "device=cpu"]
+    command = [sys.executable, "research/qwen2_5/run_qwen2_5.py"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *words], cwd=repo, capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (
+        done.stderr.startswith("torchrun --standalone --nproc-per-node=2 ") and done.stderr.count("run folder: ") == 2
+    )
+    assert load_decoder(run / "weights").spec.hidden == 32
+    assert (run / "checkpoints" / "step-00000002").is_dir()
 
 
 # --- wrong input ---
