@@ -51,7 +51,10 @@ def load_model(cfg: Config) -> Model:
     check_architecture(cfg, weights)
     tokenizer = resolve_tokenizer(cfg, weights)
     template = resolve_template(cfg, weights)
-    check_fingerprints(weights, tokenizer, template, raw=cfg.generate.raw)
+    for folder in (weights, Path(cfg.adapter)) if cfg.adapter else (weights,):
+        check_fingerprints(folder, tokenizer, template, raw=cfg.generate.raw)
+        if cfg.generate.system is None:  # what it was trained with; None: the template's own
+            cfg.generate.system = read_note(folder).get("system")
     defaults = read_generation_defaults(weights)
     sampling = choose_sampling(cfg, defaults)
 

@@ -32,7 +32,8 @@ def is_chat(cfg: Config) -> bool:
 
 
 def note(cfg: Config, tokenizer: Tokenizer, template: ChatTemplate) -> dict[str, Any]:
-    """``workbench.json``: model and family by name, fingerprints of vocabulary and template."""
+    """``workbench.json``: model and family by name, fingerprints of vocabulary and template, and the system prompt that
+    replaced the template's own in training (None: the template's)."""
     from research.core.text.template import get_template
 
     named = template.name
@@ -45,6 +46,7 @@ def note(cfg: Config, tokenizer: Tokenizer, template: ChatTemplate) -> dict[str,
         "family": cfg.model.family,
         "template_name": named if known else None,
         "template": template.fingerprint if is_chat(cfg) else None,
+        "system": cfg.data.system if is_chat(cfg) else None,
         "tokenizer": tokenizer.fingerprint,
         "task": cfg.task.name,
     }

@@ -142,6 +142,18 @@ def test_skills_print_exact_match_before_and_after_samples_and_next_commands(tmp
     assert 0 <= report["exact_match_after"]["all"] <= 1 and len(report["exact_match_after"]) == 8
 
 
+def test_system_prompt_of_the_training_is_used_for_answers(tmp_path):
+    from research.core.config.compose import compose
+    from research.tasks.answering import load_model
+
+    words = ["train.steps=1", "data.system=Be brief.", f"data={_records(tmp_path / 'd.jsonl')}"]
+    assert _run("finetune", tmp_path / "run", *words) == 0
+    for words, expected in (([], "Be brief."), (["generate.system=Other."], "Other.")):
+        cfg = compose(["task=predict", "prompt=x", f"weights={tmp_path / 'run' / 'weights'}", *SMALL, *words])
+        load_model(cfg)
+        assert cfg.generate.system == expected
+
+
 # --- LoRA, merge, export ---
 
 
