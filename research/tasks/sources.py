@@ -28,8 +28,8 @@ def resolve_weights(cfg: Config) -> Path | None:
     """The folder in Hugging Face format to start from, or None when the model is built from scratch.
 
     ``weights=`` may be such a folder, a run folder (its ``weights/``, or base weights and ``adapter/`` of a LoRA run,
-    which then sets ``cfg.adapter``), or a hub name. Without it: released models come from the hub; the tiny ones from
-    scratch when they are trained, else from their newest run. Raises :class:`WeightsError`.
+    which then sets ``cfg.adapter``), or a hub name. Without it: released models come from ``weights/<model>`` or the hub;
+    the tiny ones from scratch when they are trained, else from their newest run. Raises :class:`WeightsError`.
     """
     if cfg.weights:
         return _given(cfg, cfg.weights)
@@ -41,7 +41,8 @@ def resolve_weights(cfg: Config) -> Path | None:
     ):
         return None
     if cfg.model.hub_id is not None:
-        return from_hub(cfg.model.hub_id)
+        fetched = REPO / "weights" / cfg.model.name  # by `make weights`
+        return fetched if (fetched / "config.json").is_file() else from_hub(cfg.model.hub_id)
     newest = newest_run(cfg.model.name)
     if newest is None:
         raise WeightsError(
