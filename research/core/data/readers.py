@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from research.core.config.names import did_you_mean
 from research.core.data.json_stream import Record, json_records
-from research.core.data.sources import OnBytes, Where, open_bytes, text_chunks, text_lines
+from research.core.data.sources import OnBytes, Where, open_bytes, text_lines
 from research.core.errors import ConfigError, DataError
 
 KEYS = {"alpaca": "instruction", "messages": "messages", "sharegpt": "conversations", "text": "text"}
@@ -28,7 +28,9 @@ FORMATS = ("auto", *KEYS, "wikitext", "skills")
 SEPARATORS = ("blank", "line", "file")
 PART = 1 << 16  # characters of a long text that are tokenised at a time
 
+_BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark and white space
 _JSON_SUFFIXES = (".json", ".jsonl")
+_LOOK_AHEAD = 1000  # empty rows read to find out whether a file of {"text"} rows is WikiText
 _TITLE = re.compile(r"\s*= [^=\s](?:.*[^=\s])? =\s*")  # " = Title = ": level 1; deeper headings repeat the sign
 
 
@@ -70,13 +72,15 @@ def read_file(
 
 
 def _head(path: Path) -> bytes:
+    """The first bytes of the file that say something."""
     try:
         with open_bytes(path) as stream:
             head = stream.read(4096)
+            while head and not head.strip(_BLANK):
+                head = stream.read(4096)
     except (OSError, EOFError) as error:
         raise DataError(f"cannot be read: {error}", where=path) from None
-    if not head.strip(b"\xef\xbb\xbf \t\r\n"):
-        next(text_chunks(path), None)  # says so when the file is not text at all
+    if not head:
         raise DataError("the file is empty", where=path)
     return head
 
@@ -85,7 +89,7 @@ def _looks_like_json(path: Path, head: bytes) -> bool:
     name = path.name.removesuffix(".gz")
     if name.endswith(_JSON_SUFFIXES):
         return True
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    start = head.lstrip(_BLANK)
     return not name.endswith((".txt", ".tokens", ".raw")) and re.match(rb'(\[\s*)?\{\s*"', start) is not None
 
 
@@ -104,7 +108,11 @@ def _shape(first: Record, records: Iterator[Record], fmt: str) -> tuple[str, lis
             )
         if fmt == "text":
             seen = [first]
-            while isinstance(seen[-1].raw, dict) and not str(seen[-1].raw.get("text") or "").strip():
+            while (
+                len(seen) < _LOOK_AHEAD
+                and isinstance(seen[-1].raw, dict)
+                and not str(seen[-1].raw.get("text") or "").strip()
+            ):
                 following = next(records, None)
                 if following is None:
                     break
@@ -158,11 +166,11 @@ def _plain(path: Path, fmt: str, documents: str, head: bytes, on_bytes: OnBytes 
         raise DataError(
             f"this is plain text, data.format={fmt} needs JSON or parquet", where=path, hint="data.format=text"
         )
-    quoted = re.match(rb'("\s*"\s*)*"\s*= [^=]', head.lstrip(b"\xef\xbb\xbf \t\r\n")) is not None
+    quoted = re.match(rb'("\s*"\s*)*"\s*= [^=]', head.lstrip(_BLANK)) is not None
     titled = quoted or any(_TITLE.fullmatch(line) for line in head.decode("utf-8-sig", "replace").splitlines()[:3])
     if fmt == "wikitext" or (fmt == "auto" and titled):
         lines = text_lines(path, on_bytes)
-        if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b'"'):
+        if head.lstrip(_BLANK).startswith(b'"'):
             lines = _unquoted(path, lines)
         return "wikitext", _wikitext_documents(str(path), lines)
     return "text", _plain_documents(path, documents, on_bytes)

@@ -10,7 +10,7 @@ A skill is chosen by name, or as ``name:size`` to set how hard it is:
     copy        size: the most letters           letters repeated
     reverse     size: the most letters           letters backwards
     sort        size: the most digits            the digits of a number in ascending order
-    count       size: the most letters           how often a letter occurs
+    count       size: the most letters           how many letters there are
     dates       size: the most days added        a date written in words; a date some days later in the same month
     units       size: the largest whole number   km and m, m and cm, cm and mm, kg and g, l and ml, both ways
     sums        size: the largest operand        sums and differences of two such numbers; chosen by name only
@@ -191,16 +191,11 @@ def _sort(rng: random.Random, size: int) -> Question:
 
 
 def _count(rng: random.Random, size: int) -> Question:
-    wanted, other = rng.sample(LETTERS, 2)
-    letters = rng.choices((wanted, other), k=rng.randint(min(3, size), size))
-    line, answer = " ".join(letters), str(letters.count(wanted))
-    texts = (
-        f"Count {wanted}: {line}",
-        f"How many {wanted} in: {line}",
-        f"数一数 {wanted}: {line}",
-        f"几个 {wanted}: {line}",
-    )
-    return Question(f"count {wanted} {line}", [(text, answer) for text in texts])
+    letters = rng.choices(LETTERS, k=rng.randint(1, size))
+    line = " ".join(letters)
+    texts = (f"Count: {line}", f"How many letters: {line}", f"Number of letters: {line}")
+    texts += (f"数一数: {line}", f"有几个字母: {line}")
+    return Question(f"count {line}", [(text, str(len(letters))) for text in texts])
 
 
 def _dates(rng: random.Random, size: int) -> Question:
@@ -237,11 +232,11 @@ def _units(rng: random.Random, size: int) -> Question:
 
 
 SKILLS: dict[str, Skill] = {
-    "arithmetic": Skill(_arithmetic, size=99, least=9, weight=4),
-    "copy": Skill(_copy, size=5, least=2, weight=2),
-    "reverse": Skill(_reverse, size=5, least=2, weight=2),
+    "arithmetic": Skill(_arithmetic, size=99, least=9, weight=6),
+    "copy": Skill(_copy, size=4, least=2, weight=2),
+    "reverse": Skill(_reverse, size=4, least=2, weight=2),
     "sort": Skill(_sort, size=4, least=2, weight=1),
-    "count": Skill(_count, size=5, least=3, weight=3),
+    "count": Skill(_count, size=6, least=3, weight=1),
     "dates": Skill(_dates, size=7, least=1, weight=3),
     "units": Skill(_units, size=99, least=9, weight=1),
     "sums": Skill(_sums, size=99, least=9, weight=0),

@@ -61,6 +61,11 @@ def test_empty_file_is_an_error(write, name, content):
         read_file(write(name, content))
 
 
+def test_a_file_that_starts_with_much_white_space_is_not_empty(write):
+    assert texts(read_file(write("x.txt", "\n" * 10_000 + "here"))[1]) == ["here"]
+    assert [r.raw for r in read_file(write("x", " \n" * 10_000 + json.dumps([CHAT])))[1]] == [CHAT]
+
+
 def test_an_array_without_records_is_an_error(write):
     with pytest.raises(DataError, match="no records"):
         read_file(write("x.json", "[ ]"))
