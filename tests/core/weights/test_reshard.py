@@ -338,3 +338,116 @@ def test_a_truncated_distributed_checkpoint_is_refused(models, tmp_path):
     file = folder / "__1_0.distcp"
     file.write_bytes(file.read_bytes()[:-1])
     expect(folder, tmp_path, "truncated")
+
+
+FSDP = """
+import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+sys.path.insert(0, {repo!r})
+from torch.distributed.fsdp import fully_shard
+from research.core.torch.weights import load_decoder
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]), world_size=2)
+decoder = load_decoder({model!r})
+for layer in decoder.model.layers:
+    fully_shard(layer)
+fully_shard(decoder)
+dcp.save({{"model": decoder.state_dict()}}, checkpoint_id={folder!r})
+if {back!r}:
+    fresh = {{name: torch.zeros_like(value) for name, value in decoder.state_dict().items()}}
+    dcp.load(fresh, checkpoint_id={back!r})
+    assert all(torch.equal(value.full_tensor(), fresh[name].full_tensor()) for name, value in decoder.state_dict().items())
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_saved_under_fsdp_merges_and_ours_loads_under_fsdp(models, tmp_path, repo):
+    """Two processes, DTensors cut along the first axis, odd sizes included."""
+    import subprocess
+    import sys
+
+    ours = go(models["moe"], tmp_path / "ours", "dcp", "3")
+    code = FSDP.format(repo=str(repo), model=str(models["moe"]), folder=str(tmp_path / "dcp"), back=str(ours))
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "meet")],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+    opening = OpenOptions(config=str(models["moe"]))
+    assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 2
+    assert_same_tensors(models["moe"], go(tmp_path / "dcp", tmp_path / "back", "hf", opening=opening))
+
+
+# --- interrupted and repeated ------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {repo!r})
+from pathlib import Path
+from research.core.weights import staging
+from tests.core.weights.grids import go
+note, done = staging.Staging.note, []
+def noting(self, written):
+    note(self, written)
+    done.append(written)
+    if len(done) == 40:
+        os.kill(os.getpid(), signal.SIGKILL)
+staging.Staging.note = noting
+go(Path({source!r}), Path({target!r}), {to!r}, {grid!r})
+"""
+
+
+@pytest.mark.parametrize(("to", "grid"), [("parts", "tp4"), ("ranks", "dp2-tp2"), ("dcp", "2")])
+def test_a_killed_split_is_finished_from_where_it_was(models, tmp_path, repo, monkeypatch, to, grid):
+    import signal
+    import subprocess
+    import sys
+
+    from research.core.weights import staging
+
+    expected = go(models["moe"], tmp_path / "whole", to, grid)
+    target = tmp_path / "cut"
+    code = KILLED.format(repo=str(repo), source=str(models["moe"]), target=str(target), to=to, grid=grid)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not target.exists()
+    made: list = []
+    note = staging.Staging.note
+    monkeypatch.setattr(staging.Staging, "note", lambda self, written: (made.append(written), note(self, written)))
+    go(models["moe"], target, to, grid)
+    files = [path for path in expected.rglob("*") if path.is_file() and path.name != "conversion.json"]
+    total = len(json.loads((target / "conversion.json").read_text())["tensors"])
+    assert 0 < len(made) <= total - 39  # one may have been under way
+    for path in files:
+        assert path.read_bytes() == (target / path.relative_to(expected)).read_bytes(), path
+
+
+def test_overwriting_leaves_no_part_of_the_former_cut(models, tmp_path):
+    target = go(models["mha"], tmp_path / "parts", "parts", "tp8")
+    with pytest.raises(WeightsError, match=r"holds .* already"):
+        go(models["mha"], target, "parts", "tp2")
+    go(models["mha"], target, "parts", "tp2", overwrite=True)
+    assert sorted(path.name for path in target.iterdir() if path.is_dir()) == ["0", "1"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").write_text("not theirs")
+    with pytest.raises(WeightsError, match="not replaced"):
+        go(models["mha"], tmp_path / "mine", "parts", "tp2", overwrite=True)
+
+
+def test_the_merged_folder_is_what_transformers_loads(models, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    parts = go(models["gqa"], tmp_path / "parts", "parts", "tp4-pp2")
+    merged = AutoModelForCausalLM.from_pretrained(go(parts, tmp_path / "merged", "hf"))
+    whole = AutoModelForCausalLM.from_pretrained(models["gqa"])
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(merged(ids).logits, whole(ids).logits)
