@@ -39,7 +39,7 @@ finetune: $(VENV)/.ready ## train all weights on conversations; without variable
 lora: $(VENV)/.ready ## train a low-rank adapter: make lora MODEL=qwen2_5_0_5b DATA=alpaca_data.json
 	@scripts/task.sh lora $(ARGS)
 
-predict: $(VENV)/.ready ## answer one prompt: make predict PROMPT='What is 2 + 3?' [RUN=runs/...]
+predict: $(VENV)/.ready ## answer one prompt: make predict PROMPT='What is 47 plus 8?' [RUN=runs/...]
 	@scripts/task.sh predict $(ARGS)
 
 chat: $(VENV)/.ready ## talk to a model, on the terminal or over a pipe

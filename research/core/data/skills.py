@@ -232,7 +232,7 @@ def _units(rng: random.Random, size: int) -> Question:
 
 
 SKILLS: dict[str, Skill] = {
-    "arithmetic": Skill(_arithmetic, size=99, least=9, weight=6),
+    "arithmetic": Skill(_arithmetic, size=99, least=9, weight=8),
     "copy": Skill(_copy, size=4, least=2, weight=2),
     "reverse": Skill(_reverse, size=4, least=2, weight=2),
     "sort": Skill(_sort, size=4, least=2, weight=1),

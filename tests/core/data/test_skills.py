@@ -45,7 +45,7 @@ def question_key(example) -> tuple:
             return (skill, number, english[found.groups()[::-1]])
         found = re.fullmatch(r"\d+(\w+?)(?:等于多少|是几)(\w+)？", text)
         return (skill, number, chinese[found.groups()])
-    return (skill, *re.findall(r"\b[a-z]\b|\d", text.replace("数一数", "").split("Smallest first")[-1]))
+    return (skill, *re.findall(r"\b[a-z]\b|\d", text.split("Smallest first")[-1]))
 
 
 def right_answer(example) -> set[str]:
@@ -63,7 +63,7 @@ def right_answer(example) -> set[str]:
     if skill == "sort":
         return {"".join(sorted(tail))}
     if skill == "count":
-        return {str(tail.count(key[1]))}
+        return {str(len(tail.split()))}
     if skill == "dates":
         day = date.fromisoformat(key[1]) if len(key) == 2 else date(2001, key[1], key[2]) + timedelta(key[3])
         year = (f" {day.year}", f"{day.year}年") if len(key) == 2 else ("", "")
