@@ -18,7 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -78,9 +78,18 @@ class Roofline:
         """The better of the two kinds of pages."""
         return max(self.read_4k, self.read_2m or 0.0)
 
-    def gemm(self, dtype) -> float:
-        """Operations a second for ``torch.float32`` or ``torch.bfloat16``."""
-        return self.gemm_bf16 if "bfloat16" in str(dtype) else self.gemm_fp32
+    def gemm(self, dtype: str) -> float:
+        """Operations a second for ``fp32`` or ``bf16``."""
+        return {"fp32": self.gemm_fp32, "bf16": self.gemm_bf16}[dtype]
+
+    def best(self, other: Roofline | None) -> Roofline:
+        """The better of two measurements, figure by figure; ``busy`` of the quieter one."""
+        if other is None:
+            return self
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        busy = pairs.pop("busy")
+        best = {name: max(v for v in pair if v is not None) if any(pair) else None for name, pair in pairs.items()}
+        return Roofline(**best, busy=None if None in busy else min(busy))
 
     def to_json(self) -> dict:
         def giga(x: float | None) -> float | None:

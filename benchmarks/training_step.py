@@ -1,6 +1,6 @@
 """A training step against transformers' Trainer (with peft for LoRA) on the same Alpaca records and the same weights.
 
-    python benchmarks/training_step.py [--method lora|full] [--dtype bf16|fp32] [--layers N] [--rounds 5]
+    python benchmarks/training_step.py [--method lora|full] [--dtype bf16|fp32] [--layers N] [--rounds 3]
 
 Contenders: ``ours`` (the repository's trainer on packed rows), ``dynamic`` (Trainer, each batch padded to its longest
 record) and ``padded`` (Trainer, every record padded to the row length). Every round each of them trains on the very
@@ -35,7 +35,7 @@ from research.core.config.schema import DataConfig  # noqa: E402
 from research.core.errors import UserError, require_file, run_cli  # noqa: E402
 
 CONTENDERS = ("ours", "dynamic", "padded")
-WORKER = Path(__file__).resolve().parent / "training_contender.py"
+WORKER = Path(__file__).resolve().parent / "_training_contender.py"
 
 
 def main(argv: list[str]) -> int:
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--rows", type=int, default=2, help="packed rows of a step")
     parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="comma-separated")
     parser.add_argument("--source", default=data / "alpaca" / "alpaca_data.json.gz", help="Alpaca JSON, .gz allowed")
     parser.add_argument("--tokenizer", default=data / "tokenizer_qwen", help="folder of the vocabulary")
@@ -56,8 +56,6 @@ def main(argv: list[str]) -> int:
     if unknown := set(names) - set(CONTENDERS):
         raise UserError(f"no contender {unknown.pop()!r}", where="--contenders", hint=", ".join(CONTENDERS))
     require_file(args.source, "Alpaca records", "--source=<alpaca_data.json>")
-    roof = measure(3.0)
-    show(f"roofline {json.dumps(roof.to_json())}")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         spec = prepare(args, work)
@@ -66,7 +64,7 @@ def main(argv: list[str]) -> int:
         try:
             for worker in workers.values():
                 worker.read()  # loaded
-            results = run_rounds(workers, args.rounds)
+            roof, results = run_rounds(workers, args.rounds)
         finally:
             for worker in workers.values():
                 worker.close()
@@ -140,21 +138,25 @@ class Worker:
         self.process.communicate()
 
 
-def run_rounds(workers: dict[str, Worker], rounds: int) -> dict[str, list[dict]]:
+def run_rounds(workers: dict[str, Worker], rounds: int) -> tuple[Roofline, dict[str, list[dict]]]:
+    """Everybody's steps, and the best roofline of those measured between the rounds."""
     results: dict[str, list[dict]] = {name: [] for name in workers}
+    roof = None
     for number in range(rounds + 1):
+        roof = measure(1.0).best(roof)
         for name, worker in workers.items():
             with Busy() as busy:
                 step = worker.step()
             # the workers are not this process's finished children yet: their time counts as others'
             if busy.share is not None:
-                step["busy"] = max(0.0, busy.share - step.pop("cpu_share"))
+                step["busy"] = max(0.0, busy.share - step["cpu_seconds"] / step["seconds"] / os.cpu_count())
             results[name].append(step)
             show(
-                f"round {number} {name:8} {step['seconds']:7.2f} s  {step['tokens'] / step['seconds']:6.1f} real tok/s  "
+                f"round {number} {name:8} {step['seconds']:7.2f} s ({step['cpu_seconds']:.1f} CPU)  {step['tokens'] / step['seconds']:6.1f} real tok/s  "
                 f"loss {step['loss']:.4f}  peak {step['memory'] / 2**30:.2f} GiB  others {step.get('busy', 0):.0%}"
             )
-    return results
+    show(f"roofline {json.dumps(roof.to_json())}")
+    return roof, results
 
 
 def report(args: argparse.Namespace, spec, roof: Roofline, results: dict[str, list[dict]]) -> None:
@@ -179,6 +181,7 @@ def report(args: argparse.Namespace, spec, roof: Roofline, results: dict[str, li
             "real_tokens_per_s": round(statistics.median(real), 1),
             "best_real_tokens_per_s": round(max(real), 1),
             "supervised_tokens_per_s": round(statistics.median(s["targets"] / s["seconds"] for s in counted), 1),
+            "real_tokens_per_cpu_s": round(statistics.median(s["tokens"] / s["cpu_seconds"] for s in counted), 1),
             "roofline": round(statistics.median(rates), 3),
             "best_roofline": round(max(rates), 3),
             "peak_memory_GiB": round(max(step["memory"] for step in steps) / 2**30, 2),

@@ -36,8 +36,8 @@ class Gate:
 
     def report(self, **numbers) -> None:
         seconds = time.perf_counter() - self._wall
-        share = (time.process_time() - self._cpu) / seconds / os.cpu_count()
-        self._say({"seconds": seconds, "cpu_share": share, "memory": peak(), **numbers})
+        used = time.process_time() - self._cpu
+        self._say({"seconds": seconds, "cpu_seconds": used, "memory": peak(), **numbers})
 
     def _say(self, numbers: dict) -> None:
         self._out.write(json.dumps(numbers) + "\n")
