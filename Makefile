@@ -9,20 +9,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # What a user sets: make finetune MODEL=qwen1_5_7b CARDS=8 ARGS="train.lr=1e-5 data.seq_length=4096"
-export MODEL CARDS NODES NODE_RANK MASTER_ADDR MASTER_PORT BACKEND DEVICE WEIGHTS ADAPTER TOKENIZER DATA RUN OUTPUT
+export MODEL CARDS NODES NODE_RANK MASTER_ADDR MASTER_PORT BACKEND DEVICE WEIGHTS ADAPTER TOKENIZER DATA RUN OUTPUT A B LOGITS
 # To the letter: a prompt may hold dollar signs that make would expand.
 export QWEN_PROMPT := $(value PROMPT)
 export PY := $(BIN)/python
 
-TASKS := data pretrain finetune lora predict chat export merge
+TASKS := data pretrain finetune lora predict chat export merge weights convert split merge-shards reshard verify
 
 .PHONY: help setup $(TASKS) test test-fast bench lint format clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  Variables: MODEL CARDS NODES NODE_RANK MASTER_ADDR MASTER_PORT BACKEND DEVICE WEIGHTS ADAPTER TOKENIZER'
-	@echo '             DATA RUN OUTPUT PROMPT, and ARGS="setting=value ..." for everything else'
+	@echo '             DATA RUN OUTPUT PROMPT A B LOGITS, and ARGS="setting=value ..." for everything else'
 	@echo '  Settings:  research/core/config/schema.py'
 
 setup: $(VENV)/.ready ## create .venv with the pinned requirements (every target does it by itself)
@@ -50,6 +50,24 @@ export: $(VENV)/.ready ## write a run's newest checkpoint as a Hugging Face fold
 
 merge: $(VENV)/.ready ## fold an adapter into its weights: make merge WEIGHTS=folder ADAPTER=folder OUTPUT=folder
 	@scripts/task.sh merge $(ARGS)
+
+weights: $(VENV)/.ready ## fetch a released model, or link a local folder: make weights MODEL=qwen2_5_0_5b
+	@scripts/task.sh weights $(ARGS)
+
+convert: $(VENV)/.ready ## between Hugging Face and MindFormers layouts: make convert WEIGHTS=folder OUTPUT=model.ckpt
+	@scripts/task.sh convert $(ARGS)
+
+split: $(VENV)/.ready ## cut weights into tensor-parallel parts: make split WEIGHTS=folder OUTPUT=parts CARDS=4
+	@scripts/task.sh split $(ARGS)
+
+merge-shards: $(VENV)/.ready ## put parts together again: make merge-shards WEIGHTS=parts OUTPUT=folder
+	@scripts/task.sh merge_shards $(ARGS)
+
+reshard: $(VENV)/.ready ## from any grid to any grid: make reshard WEIGHTS=parts OUTPUT=other CARDS=8
+	@scripts/task.sh reshard $(ARGS)
+
+verify: $(VENV)/.ready ## compare two weights of any layouts: make verify A=folder B=model.ckpt LOGITS=1
+	@scripts/task.sh verify $(ARGS)
 
 test: $(VENV)/.ready-dev ## every test
 	$(BIN)/python -m pytest -n 2

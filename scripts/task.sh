@@ -23,6 +23,11 @@ add tokenizer "${TOKENIZER:-}"
 add run "${RUN:-}"
 add output "${OUTPUT:-}"
 add prompt "${QWEN_PROMPT:-}"
+if [ "$task" = verify ]; then
+  add verify.a "${A:-}"
+  add verify.b "${B:-}"
+  [ "${LOGITS:-0}" = 0 ] || add verify.logits true
+fi
 add backend "${BACKEND:-}"
 add device "${DEVICE:-}"
 add parallel.cards "${CARDS:-}"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,14 +50,6 @@ def _model_from_folder(config: Config) -> None:
                 return
     if config.weights and (Path(config.weights) / "config.json").is_file():
         config.model = model_of_folder(Path(config.weights))
-
-
-def command_line(words: Sequence[str] | None = None) -> str:
-    """The command that started this process, as written to ``command.txt``."""
-    import shlex
-
-    words = sys.argv if words is None else words
-    return shlex.join([os.path.basename(sys.executable), *words])
 
 
 def _help() -> str:

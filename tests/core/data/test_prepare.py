@@ -325,7 +325,9 @@ def main(argv):
     cfg = DataConfig(source=source, seq_length=int(seq_length), workers=2, on_long="truncate")
     report = prepare_dataset(cfg, builtin_tokenizer(), get_template("qwen2_5"), folder,
                              model_length=None, vocab_size=None)
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss: that starts from the size of the process that started this one.
+    status = open("/proc/self/status").read()
+    own = int(status.split("VmHWM:")[1].split()[0])
     worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     print(report.read, own // 1024, worker // 1024)
 

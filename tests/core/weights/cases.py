@@ -264,4 +264,5 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    # A flat copy: torch calls [n, 1] of any stride contiguous, and then refuses to view it as bytes.
+    return tensor.reshape(-1).clone().view(torch.uint8)
