@@ -67,11 +67,12 @@ def main(argv: list[str]) -> int:
                 runs[name].append(measure(job))
                 shown = runs[name][-1]
                 print(
-                    f"{name}: {shown['seconds']:.2f} s, {records / shown['seconds']:,.0f} records/s, "
+                    f"{name}: {shown['seconds']:.2f} s ({shown['cpu']:.2f} s of CPU), {records / shown['seconds']:,.0f} records/s, "
                     f"{shown['tokens']:,} tokens in rows {shown['density']:.2%} full, "
                     f"other work on the machine {shown['others']:.0%} of a core",
                     flush=True,
                 )
+    cpu = {name: statistics.median(run["cpu"] for run in each) for name, each in runs.items()}
     seconds = {name: statistics.median(run["seconds"] for run in each) for name, each in runs.items()}
     result = {
         "benchmark": "data_preparation",
@@ -83,6 +84,8 @@ def main(argv: list[str]) -> int:
         "records_per_s": round(records / seconds["ours"]),
         "peer_records_per_s": round(records / seconds["peer"]),
         "ratio": round(seconds["peer"] / seconds["ours"], 2),
+        "cpu_seconds": round(cpu["ours"], 2),
+        "peer_cpu_seconds": round(cpu["peer"], 2),
         "tokens": runs["ours"][-1]["tokens"],
         "peer_tokens": runs["peer"][-1]["tokens"],
         "supervised": runs["ours"][-1]["supervised"],
@@ -105,12 +108,13 @@ def unpack(source: Path, limit: int | None, target: Path) -> int:
 
 
 def measure(job: Callable[[], Counts]) -> dict:
-    """What ``job`` made, its wall seconds, and how many cores' worth of other work the machine did meanwhile."""
+    """What ``job`` made, its wall and CPU seconds, and how many cores' worth of other work the machine did meanwhile."""
     start, busy, own = time.perf_counter(), machine_busy(), own_cpu()
     counts = job()
     seconds = time.perf_counter() - start
-    others = (machine_busy() - busy - (own_cpu() - own)) / seconds
-    return {**counts(), "seconds": seconds, "others": max(0.0, others)}
+    cpu = own_cpu() - own
+    others = (machine_busy() - busy - cpu) / seconds
+    return {**counts(), "seconds": seconds, "cpu": cpu, "others": max(0.0, others)}
 
 
 def machine_busy() -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import re
+import zlib
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -78,7 +79,7 @@ def _head(path: Path) -> bytes:
             head = stream.read(4096)
             while head and not head.strip(_BLANK):
                 head = stream.read(4096)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot be read: {error}", where=path) from None
     if not head:
         raise DataError("the file is empty", where=path)
