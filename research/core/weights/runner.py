@@ -2,8 +2,8 @@
 
 Everything is written into ``.<name>.partial`` beside the target: the files get their full size first (a full disk shows
 at once), then each tensor's bytes their place. A journal names the tensors that are done, with their checksums; the
-same command after a kill checks those and goes on. Two threads read, convert, hash and write slabs of a few megabytes;
-all four leave the interpreter lock, so that both cores work and reading overlaps writing.
+same command after a kill checks those and goes on. Two threads read, convert and hash slabs of a few megabytes, a third
+writes them; all of that happens outside the interpreter lock, so that both cores work and reading overlaps writing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from research.core.weights.cast import Rounding, cast
 from research.core.weights.formats.framing import Slot
 from research.core.weights.plan import Plan, Target, TargetFile
 from research.core.weights.staging import Staging, Written, check_space, check_target
-from research.core.weights.tensors import NUMPY_DTYPES, Entry, Files, RowReader
+from research.core.weights.tensors import NUMPY_DTYPES, Entry, Files, RowReader, span_bytes
 
 SLAB_BYTES = 8 << 20  # of a target or of what it is read from, whichever is larger
+BUFFERS = 6  # slabs that exist at one time
 FLUSH_BYTES = 1 << 30  # written between two requests to the disk
 
 
@@ -86,7 +87,7 @@ def _jobs(plan: Plan) -> list[_Job]:
                 continue
             copies = compose(target.stored, plan.sources)
             handles = tuple(dict.fromkeys(copy.source for copy in copies))
-            read = sum(_span(plan.entries[copy.source], copy.of) for copy in copies)
+            read = sum(span_bytes(plan.entries[copy.source], copy.of) for copy in copies)
             row = max(read, target.bytes) / max(1, target.shape[0] if target.shape else 1)
             rows = max(1, int(SLAB_BYTES // max(row, 1)))
             first = min((_place(plan.entries[handle]) for handle in handles), default=("", 0))
@@ -101,15 +102,6 @@ def _jobs(plan: Plan) -> list[_Job]:
 
 def _place(entry: Entry) -> tuple[str, int]:
     return (str(entry.segments[0].path), entry.segments[0].offset) if entry.segments else ("", 0)
-
-
-def _span(entry: Entry, of: tuple[slice, ...]) -> int:
-    """Bytes that RowReader reads for one copy."""
-    count, axis = entry.bytes, 0
-    while axis < len(of) - 1 and of[axis].stop - of[axis].start == 1:
-        count //= entry.shape[axis]
-        axis += 1
-    return count * (of[axis].stop - of[axis].start) // entry.shape[axis] if of else count
 
 
 # --- the work -------------------------------------------------------------------------------------------------------
@@ -128,126 +120,142 @@ def _work(
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
-    state = _State(sum(written.target.bytes for written in done.values()), progress)
     with Files() as files:
-        workers = [
-            threading.Thread(
-                target=_worker, args=(plan, files, waiting, area, done, allow_overflow, state), daemon=True
-            )
-            for _ in range(max(1, min(threads, len(jobs))))
+        work = _Work(plan, area, files, waiting, done, allow_overflow, max(1, min(threads, len(jobs))))
+        work.run(progress)
+
+
+class _Stopped(Exception):
+    """Another thread failed, or the person interrupted."""
+
+
+class _Work:
+    """Worker threads that make slabs, and one that writes them: two writers of one file would wait for each other inside
+    the kernel. ``BUFFERS`` slabs exist at one time."""
+
+    def __init__(self, plan: Plan, area: Staging, files: Files, waiting, done, allow_overflow: bool, workers: int):
+        self.plan, self.area, self.files, self.waiting, self.done = plan, area, files, waiting, done
+        self.allow_overflow, self.workers = allow_overflow, workers
+        self.bytes = sum(written.target.bytes for written in done.values())
+        self.error: BaseException | None = None
+        self.stop = False
+        self.made: queue.SimpleQueue = queue.SimpleQueue()
+        self.buffers: queue.SimpleQueue = queue.SimpleQueue()
+        for _ in range(BUFFERS):
+            self.buffers.put(np.empty(0, np.uint8))
+
+    def run(self, progress: Callable[[int], None]) -> None:
+        makers = [
+            threading.Thread(target=self._guard, args=(self._make_all,), daemon=True) for _ in range(self.workers)
         ]
-        for worker in workers:
-            worker.start()
-        flushed = state.bytes
+        writer = threading.Thread(target=self._guard, args=(self._write_all,), daemon=True)
+        flushed = self.bytes
+        for thread in (*makers, writer):
+            thread.start()
         try:
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(0.2)
-                    progress(state.bytes)
-                    if state.bytes - flushed > FLUSH_BYTES:  # the disk works while the next tensors are made
-                        flushed = state.bytes
-                        area.flush()
+            for maker in makers:
+                while maker.is_alive():
+                    maker.join(0.1)
+                    progress(self.bytes)
+                    if self.bytes - flushed > FLUSH_BYTES:  # the disk works while the next tensors are made
+                        flushed = self.bytes
+                        self.area.flush()
         finally:
-            state.stop = True
-            for worker in workers:
-                worker.join()
-    if state.error is not None:
-        raise state.error
+            self.stop = self.stop or any(maker.is_alive() for maker in makers)
+            self.made.put(None)
+            for thread in (*makers, writer):
+                thread.join()
+        progress(self.bytes)
+        if self.error is not None:
+            raise self.error
 
+    def _guard(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self.error = self.error or error
+            self.stop = True
 
-class _State:
-    def __init__(self, done: int, progress: Callable[[int], None]):
-        self.bytes, self.progress = done, progress
-        self.stop, self.error = False, None
-        self.lock = threading.Lock()
+    def _write_all(self) -> None:
+        while (item := self.made.get()) is not None:
+            if self.stop:
+                raise _Stopped
+            if isinstance(item, Written):
+                self.area.note(item)
+                self.done[item.file, item.target.name] = item
+                continue
+            file, slots, begin, view, buffer = item
+            self.area.write(file, slots, begin, memoryview(view))
+            self.bytes += len(view)
+            self.buffers.put(buffer)
 
-    def add(self, count: int) -> None:
-        with self.lock:
-            self.bytes += count
-
-
-def _worker(plan, files, waiting, area, done, allow_overflow, state: _State) -> None:
-    reader, scratch = RowReader(files, plan.entries), _Scratch()
-    try:
-        while not state.stop:
+    def _make_all(self) -> None:
+        reader = RowReader(self.files, self.plan.entries)
+        while not self.stop:
             try:
-                job = waiting.get_nowait()
+                job = self.waiting.get_nowait()
             except queue.Empty:
                 return
-            for written in _make(plan, job, reader, scratch, area, allow_overflow, state, done):
-                area.note(written)
-                done[written.file, written.target.name] = written
-    except BaseException as error:
-        state.error = state.error or error
-        state.stop = True
+            self._make(job, reader)
+
+    def _make(self, job: _Job, reader: RowReader) -> None:
+        """Slab by slab of the job's targets; each one's result follows its last slab."""
+        members = [member for member in job.members if (member[0].path, member[1].name) not in self.done]
+        hashes = [hashlib.sha256() for _ in members]
+        counts = [Rounding() for _ in members]
+        rows = max(1, members[0][1].shape[0] if members[0][1].shape else 1)
+        for low in range(0, rows, job.rows):
+            high = min(low + job.rows, rows)
+            for (file, target, slots), digest, count in zip(members, hashes, counts):
+                row = target.bytes // rows
+                buffer = self._buffer((high - low) * row)
+                view = buffer[: (high - low) * row]
+                if len(view):
+                    _slab(self.plan, target, low, high, reader, view, count)
+                if count.overflowed and not self.allow_overflow:
+                    raise WeightsError(
+                        f"{count.overflowed} values of {target.name} (so far) are too large for {target.dtype}",
+                        hint="dtype=bf16, or convert.allow_overflow=true to write infinities",
+                    )
+                digest.update(view)
+                self.made.put((file, slots, low * row, view, buffer))
+        for (file, target, _), digest, count in zip(members, hashes, counts):
+            self.made.put(Written(file.path, target, digest.hexdigest(), count))
+
+    def _buffer(self, size: int) -> np.ndarray:
+        while not self.stop:
+            try:
+                buffer = self.buffers.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            return buffer if buffer.nbytes >= size else np.empty(size, np.uint8)
+        raise _Stopped
 
 
-def _make(plan, job: _Job, reader, scratch, area, allow_overflow, state, done):
-    """Write the job's targets slab by slab; yields each one's result when its last slab is written."""
-    members = [m for m in job.members if (m[0].path, m[1].name) not in done]
-    hashes = [hashlib.sha256() for _ in members]
-    counts = [Rounding() for _ in members]
-    rows = members[0][1].shape[0] if members[0][1].shape else 1
-    for low in range(0, max(rows, 1), job.rows):
-        high = min(low + job.rows, rows)
-        for (file, target, slots), digest, count in zip(members, hashes, counts):
-            if state.stop:
-                return
-            data = _slab(plan, target, low, high, reader, scratch, count)
-            if count.overflowed and not allow_overflow:
-                raise WeightsError(
-                    f"{count.overflowed} values of {target.name} (so far) are too large for {target.dtype}",
-                    hint="dtype=bf16, or convert.allow_overflow=true to write infinities",
-                )
-            view = memoryview(data)
-            digest.update(view)
-            area.write(file, slots, low * (target.bytes // max(rows, 1)), view)
-            state.add(len(view))
-    for (file, target, _), digest, count in zip(members, hashes, counts):
-        yield Written(file.path, target, digest.hexdigest(), count)
-
-
-def _slab(plan, target: Target, low: int, high: int, reader: RowReader, scratch: _Scratch, count: Rounding):
-    """Rows ``low .. high-1`` of a target as uint8."""
-    if high == low or not target.bytes:
-        return np.empty(0, np.uint8)
-    shape = (high - low, *target.shape[1:]) if target.shape else ()
+def _slab(
+    plan: Plan, target: Target, low: int, high: int, reader: RowReader, view: np.ndarray, count: Rounding
+) -> None:
+    """Fill ``view`` (uint8) with rows ``low .. high-1`` of a target."""
     part: Stored = target.stored
     if target.shape:
         part = crop(target.stored, ((low, high), *((0, extent) for extent in target.shape[1:])))
-    copies: list[Copy] = compose(part, plan.sources)
-    whole = len(copies) == 1 and all(
-        s.start == 0 and s.stop == n and s.step == 1 for s, n in zip(copies[0].into, shape)
-    )
-    if whole:
-        source, kind = _ordered(plan, copies[0], reader)
-        if kind == target.dtype and source.flags.c_contiguous:
-            return source.reshape(-1).view(np.uint8)
-    out = scratch.array(shape, NUMPY_DTYPES[target.dtype])
+    copies = compose(part, plan.sources)
+    if len(copies) == 1 and _fill_straight(plan, target, part, copies[0], reader, view):
+        return
+    out = view.view(NUMPY_DTYPES[target.dtype]).reshape(part.shape)
     if not covers(part):
         out[...] = 0
     for copy in copies:
-        source, kind = _ordered(plan, copy, reader)
+        source = reader.take(copy.source, copy.of).transpose(copy.order)
         place = out[copy.into]
-        cast(source if source.shape == place.shape else source.reshape(place.shape), kind, place, target.dtype, count)
-    return out.reshape(-1).view(np.uint8)
+        source = source if source.shape == place.shape else source.reshape(place.shape)
+        cast(source, plan.entries[copy.source].dtype, place, target.dtype, count)
 
 
-def _ordered(plan: Plan, copy: Copy, reader: RowReader) -> tuple[np.ndarray, str]:
-    handle: Hashable = copy.source
-    return reader.take(handle, copy.of).transpose(copy.order), plan.entries[handle].dtype
-
-
-class _Scratch:
-    """One thread's buffer for assembled slabs."""
-
-    def __init__(self):
-        self.buffer = np.empty(0, np.uint8)
-
-    def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        size = dtype.itemsize
-        for extent in shape:
-            size *= extent
-        if self.buffer.nbytes < size:
-            self.buffer = np.empty(size, np.uint8)
-        return self.buffer[:size].view(dtype).reshape(shape)
+def _fill_straight(plan: Plan, target: Target, part: Stored, copy: Copy, reader: RowReader, view: np.ndarray) -> bool:
+    """Read all of ``part`` into its place when it is one run of bytes in the source, of the target's dtype."""
+    whole = all(s.start == 0 and s.stop == n and s.step == 1 for s, n in zip(copy.into, part.shape))
+    plain = copy.order == tuple(range(len(copy.order))) and plan.entries[copy.source].dtype == target.dtype
+    return whole and plain and reader.fill(copy.source, copy.of, view)

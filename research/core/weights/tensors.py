@@ -150,19 +150,20 @@ class RowReader:
     def take(self, key: Hashable, of: tuple[slice, ...]) -> np.ndarray:
         """``tensor[of]`` as a view of stored bits, valid until ``keep`` further calls. Steps are positive."""
         entry = self.entries[key]
-        dtype = NUMPY_DTYPES[entry.dtype]
-        # Leading axes with one index are skipped over; the first axis with more is read as a range of rows.
-        begin, stride, axis = 0, entry.bytes, 0
-        while axis < len(of) - 1 and of[axis].stop - of[axis].start == 1:
-            stride //= entry.shape[axis]
-            begin += of[axis].start * stride
-            axis += 1
-        stride //= entry.shape[axis]
-        low, high = of[axis].start, of[axis].stop
-        rows = self._read(key, entry, begin + low * stride, (high - low) * stride)
-        rest = entry.shape[axis + 1 :]
-        array = rows.view(dtype).reshape(*(1,) * axis, high - low, *rest)
-        return array[(slice(None),) * axis + (slice(None, None, of[axis].step), *of[axis + 1 :])]
+        axis, begin, count = _span(entry, of)
+        rows = self._read(key, entry, begin, count).view(NUMPY_DTYPES[entry.dtype])
+        array = rows.reshape(*(1,) * axis, -1, *entry.shape[axis + 1 :]) if of else rows.reshape(())
+        return array[(slice(None),) * axis + (slice(None, None, of[axis].step), *of[axis + 1 :])] if of else array
+
+    def fill(self, key: Hashable, of: tuple[slice, ...], view: np.ndarray) -> bool:
+        """Read ``tensor[of]`` straight into ``view`` (uint8) when it is one run of bytes; else do nothing, False."""
+        entry = self.entries[key]
+        axis, begin, _ = _span(entry, of)
+        rest = zip(of[axis + 1 :], entry.shape[axis + 1 :])
+        if of and (of[axis].step != 1 or any(s.start or s.stop != n or s.step != 1 for s, n in rest)):
+            return False
+        read_bytes(self.files, entry, begin, memoryview(view))
+        return True
 
     def _read(self, key: Hashable, entry: Entry, begin: int, count: int) -> np.ndarray:
         name = (key, begin, count)
@@ -178,3 +179,22 @@ class RowReader:
         read_bytes(self.files, entry, begin, memoryview(view))
         self._ranges[name] = (buffer, view)
         return view
+
+
+def _span(entry: Entry, of: tuple[slice, ...]) -> tuple[int, int, int]:
+    """-> (axis, first byte, bytes) of the rows that ``of`` lies in: leading axes with one index are skipped over, the
+    first with more is read as a range."""
+    begin, stride, axis = 0, entry.bytes, 0
+    while axis < len(of) - 1 and of[axis].stop - of[axis].start == 1:
+        stride //= entry.shape[axis]
+        begin += of[axis].start * stride
+        axis += 1
+    if not of:
+        return 0, 0, stride
+    stride //= entry.shape[axis]
+    return axis, begin + of[axis].start * stride, (of[axis].stop - of[axis].start) * stride
+
+
+def span_bytes(entry: Entry, of: tuple[slice, ...]) -> int:
+    """Bytes that are read for ``tensor[of]``."""
+    return _span(entry, of)[2]
