@@ -93,11 +93,15 @@ def open_weights(path: str | os.PathLike, options: OpenOptions = NOTHING_SAID) -
     files = mindformers_files(path)
     if files is not None:
         entries, others = read_mindformers(files)
+        if entries and all("lora_" in name for name in entries):
+            raise _adapter(path)
         if _is_mindformers(entries):
             return open_mindformers(path, files, entries, others, options)
         if not _is_huggingface(entries):
             raise _unknown(path, entries)
     folder = path if path.is_dir() else path.parent
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise _adapter(folder)
     return open_huggingface(folder, options)
 
 
@@ -112,12 +116,15 @@ def _is_huggingface(names) -> bool:
 
 
 def _unknown(path: Path, names) -> WeightsError:
-    adapter = any("lora_" in name for name in names)
     return WeightsError(
-        "this is a LoRA adapter, not a model" if adapter else "neither Hugging Face's nor MindFormers' names are in it",
+        "neither Hugging Face's nor MindFormers' names are in it",
         where=path,
-        hint="convert.lora=true (--is_lora)" if adapter else f"its first tensors: {', '.join(list(names)[:3])}",
+        hint=f"its first tensors: {', '.join(list(names)[:3])}",
     )
+
+
+def _adapter(path: Path) -> WeightsError:
+    return WeightsError("this is a LoRA adapter, not a model", where=path, hint="convert.lora=true (--is_lora)")
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
