@@ -8,6 +8,7 @@ matmuls). Shape letters: B rows, T positions, H hidden, V vocabulary, N supervis
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from research.core.torch.decoder import Decoder
@@ -17,6 +18,9 @@ from research.core.torch.native import ops
 from research.core.torch.packed_linear import linear
 
 IGNORED = -100
+# Rows of a chunk are filled up to this multiple: the matrix library keeps what it made for every new shape, and the
+# number of supervised rows is another one in every step.
+ROW_STEP = 64
 
 
 def shifted_targets(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,12 +60,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
 
         for start in range(0, hidden_NH.shape[0], chunk):
-            rows_CH = hidden_NH[start : start + chunk]
-            targets_C = targets_N[start : start + chunk]
+            real = min(chunk, hidden_NH.shape[0] - start)
+            filling = min(chunk - real, -real % ROW_STEP)
+            rows_CH = F.pad(hidden_NH[start : start + real], (0, 0, 0, filling))
+            targets_C = F.pad(targets_N[start : start + real], (0, filling))
             losses_C, grad_CV = _softmax_loss(linear(rows_CH, head_VH), targets_C, want_hidden or want_weight)
-            total += losses_C.sum()
+            total += losses_C[:real].sum()
+            if grad_CV is not None and filling:
+                grad_CV[real:] = 0
             if want_hidden:
-                grad_hidden[start : start + chunk] = linear(grad_CV, head_VH.t())
+                grad_hidden[start : start + real] = linear(grad_CV, head_VH.t())[:real]
             if want_weight:
                 if grad_weight is None:
                     grad_weight = (grad_CV.t() @ rows_CH).float()

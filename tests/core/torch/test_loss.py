@@ -89,4 +89,4 @@ def test_logits_of_all_rows_never_exist(monkeypatch):
     original = loss._softmax_loss
     monkeypatch.setattr(loss, "_softmax_loss", lambda x, *a: (seen.append(x.shape[0]), original(x, *a))[1])
     _, count = linear_cross_entropy(hidden.requires_grad_(), weight, labels, 16)
-    assert max(seen) == 16 and sum(seen) == count
+    assert max(seen) == 16 and count <= sum(seen) < count + 16  # the last chunk is filled up
