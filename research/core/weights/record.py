@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from research.core.errors import WeightsError
+from research.core.weights import checksum
 from research.core.weights.cast import Rounding
 from research.core.weights.staging import Written
 
@@ -63,7 +64,7 @@ def make_record(
             "name": item.target.name,
             "dtype": item.target.dtype,
             "shape": list(item.target.shape),
-            "sha256": item.sha256,
+            checksum.NAME: item.checksum,
             "how": item.target.how,
             "from": list(made_from[item.target.name]),
         }

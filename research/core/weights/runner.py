@@ -8,7 +8,6 @@ writes them; all of that happens outside the interpreter lock, so that both core
 
 from __future__ import annotations
 
-import hashlib
 import os
 import queue
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from research.core.errors import WeightsError
+from research.core.weights import checksum
 from research.core.weights.blocks import Copy, Stored, compose, covers, crop
 from research.core.weights.cast import Rounding, cast
 from research.core.weights.formats.framing import Slot
@@ -203,7 +203,7 @@ class _Work:
     def _make(self, job: _Job, reader: RowReader) -> None:
         """Slab by slab of the job's targets; each one's result follows its last slab."""
         members = [member for member in job.members if (member[0].path, member[1].name) not in self.done]
-        hashes = [hashlib.sha256() for _ in members]
+        hashes = [checksum.new() for _ in members]
         counts = [Rounding() for _ in members]
         rows = max(1, members[0][1].shape[0] if members[0][1].shape else 1)
         for low in range(0, rows, job.rows):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from research.core.errors import UserError, WeightsError
+from research.core.weights import checksum
 from research.core.weights.cast import Rounding
 from research.core.weights.formats.framing import Slot
 from research.core.weights.plan import Plan, Target, TargetFile
@@ -25,11 +25,11 @@ _JOURNAL = "journal.jsonl"
 
 @dataclass(frozen=True)
 class Written:
-    """What became of a target tensor. ``sha256`` is of its bytes as they lie in the file."""
+    """What became of a target tensor. ``checksum`` is of its bytes as they lie in the file."""
 
     file: str
     target: Target
-    sha256: str
+    checksum: str
     rounding: Rounding
 
 
@@ -170,14 +170,14 @@ class Staging:
                 row = self.known.get((file.path, target.name))
                 if row is None:
                     continue
-                digest = hashlib.sha256()
+                digest = checksum.new()
                 for slot in slots:
                     for begin in range(0, slot.bytes, _READ):
                         count = min(_READ, slot.bytes - begin)
                         digest.update(os.pread(self.handles[file.path], count, slot.offset + begin))
-                if digest.hexdigest() == row["sha256"]:
+                if digest.hexdigest() == row[checksum.NAME]:
                     rounding = Rounding(**row["rounding"])
-                    done[file.path, target.name] = Written(file.path, target, row["sha256"], rounding)
+                    done[file.path, target.name] = Written(file.path, target, row[checksum.NAME], rounding)
         if done:
             total = sum(len(file.tensors) for file in files)
             self.log(f"going on: {len(done)} of {total} tensors are there and whole")
@@ -193,7 +193,7 @@ class Staging:
                 )
 
     def note(self, written: Written) -> None:
-        row = {"file": written.file, "name": written.target.name, "sha256": written.sha256}
+        row = {"file": written.file, "name": written.target.name, checksum.NAME: written.checksum}
         row["rounding"] = vars(written.rounding)
         with self.lock:
             os.write(self.journal, (json.dumps(row) + "\n").encode())
