@@ -4,22 +4,9 @@
 // Tensors are [tokens, heads, dim], contiguous; `begins` and `lengths` say where the documents lie. dim must be a
 // multiple of LANES. One task is one key/value head of one document with all query heads that share it, so nothing
 // is summed across threads and the result does not depend on their number.
-#include <vector>
-
-#include "vec.h"
+#include "attention.h"
 
 namespace {
-
-constexpr int64_t BLOCK = 64;
-
-struct Shapes {
-    int64_t documents, heads, kv_heads, dim;
-    const int64_t *begins, *lengths;
-    bool causal;
-    float scale;
-};
-
-int64_t blocks(int64_t length) { return (length + BLOCK - 1) / BLOCK; }
 
 template <class T>
 void read_rows(const T* from, int64_t stride, int64_t rows, int64_t dim, float factor, float* to) {
@@ -36,14 +23,6 @@ void read_columns(const T* from, int64_t stride, int64_t rows, int64_t dim, floa
         for (int64_t d = 0; d < dim; d += LANES) store(row + d, load(from + r * stride + d));
         float* block = to + r / BLOCK * BLOCK * dim + r % BLOCK;
         for (int64_t d = 0; d < dim; d++) block[d * BLOCK] = row[d];
-    }
-}
-
-// Keys past the document, or after the query in the diagonal block, get no weight.
-void hide(float* scores, int64_t rows, int64_t keys, bool diagonal) {
-    for (int64_t r = 0; r < rows; r++) {
-        int64_t seen = diagonal && r + 1 < keys ? r + 1 : keys;
-        for (int64_t c = seen; c < BLOCK; c++) scores[r * BLOCK + c] = -INFINITY;
     }
 }
 
@@ -165,6 +144,12 @@ void backward_task(const Shapes& s, int64_t document, int64_t kv, const T* q, co
             store(grad_v + place, load(sum_v + r * dim + d));
         }
 }
+
+}  // namespace
+
+#include "attention_pairs.h"
+
+namespace {
 
 template <class T>
 void forward(const Shapes& s, const void* q, const void* k, const void* v, void* out, float* lse, int threads) {
