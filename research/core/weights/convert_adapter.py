@@ -64,7 +64,7 @@ def convert_adapter(
                     options={"to": options.to, "dtype": options.dtype},
                     written=written,
                     made_from={item.target.name: sources_of(item.target, sources) for item in written},
-                    unused=[],
+                    unused=opened.unused,
                     missing=[],
                     tied=[],
                     config=adapter.config_for(to),
@@ -93,6 +93,7 @@ def convert_adapter(
         layout=layout,
         dtypes={kind: sum(i.target.dtype == kind for i in written) for kind in {i.target.dtype for i in written}},
         rounding=rounding,
+        unused=opened.unused,
     )
 
 

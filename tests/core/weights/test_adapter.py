@@ -14,7 +14,7 @@ from research.core.spec import spec_from_hf
 from research.core.weights.convert import ConvertOptions
 from research.core.weights.convert_adapter import convert_adapter
 from research.core.weights.opened import HUGGINGFACE, MINDFORMERS, OpenOptions
-from tests.core.weights.cases import Case, same
+from tests.core.weights.cases import Case, mindformers_weights, same
 
 RANK = 3
 BASE = "base_model.model."
@@ -174,6 +174,19 @@ def test_a_pickled_adapter_needs_the_flag(tmp_path):
     convert_adapter(folder, tmp_path / "a.ckpt", ConvertOptions(to=MINDFORMERS), OpenOptions(allow_pickle=True))
     convert_adapter(tmp_path / "a.ckpt", tmp_path / "back", ConvertOptions(to=HUGGINGFACE))
     assert same(load_file(tmp_path / "back" / "adapter_model.safetensors"), tensors)
+
+
+def test_the_adapter_is_taken_out_of_a_training_checkpoint(tmp_path):
+    case = Case("qwen2")
+    tensors = write(tmp_path / "peft", qwen2_modules(case))
+    convert_adapter(tmp_path / "peft", tmp_path / "a.safetensors", ConvertOptions(to=MINDFORMERS))
+    found = load_file(tmp_path / "a.safetensors")
+    state = {f"adam_m.{name}": value.clone() for name, value in found.items()} | {"epoch_num": torch.tensor(3)}
+    base = mindformers_weights(case, case.weights())
+    save_file(found | state | base, tmp_path / "a.safetensors")
+    summary = convert_adapter(tmp_path / "a.safetensors", tmp_path / "back", ConvertOptions(to=HUGGINGFACE))
+    assert same(load_file(tmp_path / "back" / "adapter_model.safetensors"), tensors)
+    assert set(summary.unused) == set(state) | set(base)
 
 
 def test_a_trained_adapter_of_peft_comes_back_unchanged(shared_data, tmp_path):

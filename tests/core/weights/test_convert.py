@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from research.core.weights.compare import compare
 from research.core.weights.convert import ConvertOptions, convert
@@ -137,14 +137,31 @@ def test_training_state_in_a_checkpoint_is_left_out_and_named(root):
     config = case.write(root / "hf")
     tensors = mindformers_weights(case, case.weights())
     state = {f"adam_m.{name}": value.clone() for name, value in tensors.items()} | {"global_step": torch.tensor([7])}
-    from safetensors.torch import save_file
-
     save_file(tensors | state, root / "trained.safetensors")
     summary = convert(
         root / "trained.safetensors", root / "back", ConvertOptions(to=HUGGINGFACE), OpenOptions(config=str(config))
     )
     assert set(summary.unused) == set(state)
     assert same(folder_tensors(root / "back"), case.weights())
+
+
+def test_experts_stacked_as_in_memory_are_read(root):
+    case = Case("qwen2_moe")
+    weights = case.weights()
+    source = case.write(root / "hf")
+    stacked = {name: value for name, value in weights.items() if ".mlp.experts." not in name}
+    for n in range(case.layers):
+        at = f"model.layers.{n}.mlp.experts."
+        each = [
+            [weights[f"{at}{e}.{part}_proj.weight"] for part in ("gate", "up", "down")] for e in range(case.experts)
+        ]
+        stacked[at + "gate_up_proj"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in each])
+        stacked[at + "down_proj"] = torch.stack([down for _, _, down in each])
+    save_file(stacked, source / "model.safetensors")
+    convert(source, root / "x.safetensors", ConvertOptions(gmm=True))
+    assert same(load_file(root / "x.safetensors"), mindformers_weights(case, weights, gmm=True))
+    convert(source, root / "apart", ConvertOptions(to=HUGGINGFACE))
+    assert same(folder_tensors(root / "apart"), weights)
 
 
 def test_the_record_tells_how_each_tensor_was_made(root):

@@ -185,12 +185,17 @@ def _from_peft(path: Path, entries: dict[str, Entry], config: dict) -> Adapter:
 
 
 def _from_mindformers(path: Path, entries: dict[str, Entry], config: dict) -> Adapter:
+    # A checkpoint of LoRA training holds its base and the optimiser's state too: those are left out and named.
     found: dict[str, dict[str, str]] = {}
+    unused = []
     for name in entries:
-        match = re.fullmatch(r"(.+)\.lora_([ab])", name)
+        match = re.fullmatch(r"((?:transformer|model)\.layers\..+)\.lora_([ab])", name)
         if match is None:
-            raise WeightsError(f"{name} is no tensor of a MindFormers LoRA adapter", where=path)
-        found.setdefault(match[1], {})[match[2]] = name
+            unused.append(name)
+        else:
+            found.setdefault(match[1], {})[match[2]] = name
+    if not found:
+        raise WeightsError(f"no LoRA tensors in it; its first tensors: {', '.join(unused[:3])}", where=path)
     v1 = any(module.startswith("transformer.") for module in found)
     tensors: list[tuple[Hashable, Stored]] = []
     modules: dict[str, set[str]] = {}
@@ -210,7 +215,9 @@ def _from_mindformers(path: Path, entries: dict[str, Entry], config: dict) -> Ad
             if number:
                 copies.append((found[prefix + parts[0]]["a"], names["a"]))
         modules[module] = {"A", "B"}
-    return _adapter(path, entries, tensors, config, v1, modules, MINDFORMERS, copies)
+    adapter = _adapter(path, entries, tensors, config, v1, modules, MINDFORMERS, copies)
+    adapter.opened.unused = unused
+    return adapter
 
 
 def _hf_modules(path: Path, found: Mapping[str, object], v1: bool):
