@@ -6,6 +6,7 @@ a float32's (uint16 here).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,15 +59,43 @@ def cast(source: np.ndarray, kind: str, target: np.ndarray, into: str, count: Ro
 
 
 def _cast_flat(source: np.ndarray, kind: str, target: np.ndarray, into: str, count: Rounding | None) -> None:
-    exact = (kind, into) in _EXACT
+    short = kind in ("BF16", "F16") and (kind, into) != ("BF16", "F32")
     for begin in range(0, source.size, _CHUNK):
         part, place = source[begin : begin + _CHUNK], target[begin : begin + _CHUNK]
+        if short:
+            _look_up(part, kind, place, into, count)
+            continue
         wide = widen(part, kind)
         _narrow(wide, place, into)
-        if count is not None and not exact:
+        if count is not None and (kind, into) not in _EXACT:
             _count(wide, widen(place, into), count)
     if count is not None:
         count.values += source.size
+
+
+def _look_up(bits: np.ndarray, kind: str, place: np.ndarray, into: str, count: Rounding | None) -> None:
+    values, marks = _table(kind, into)
+    np.take(values, bits.view(np.uint16), out=place.view(values.dtype), mode="clip")
+    if count is not None and marks is not None:
+        found = np.take(marks, bits.view(np.uint16), mode="clip")
+        count.rounded += int(np.count_nonzero(found))
+        count.overflowed += int(np.count_nonzero(found & 2))
+        count.zeroed += int(np.count_nonzero(found & 4))
+
+
+@functools.lru_cache
+def _table(kind: str, into: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """What each of the 65,536 values of a 16-bit dtype becomes, and marks: 1 rounded, 2 overflowed, 4 became zero."""
+    wide = widen(np.arange(1 << 16, dtype=np.uint16).view(NUMPY_DTYPES[kind]), kind)
+    values = np.empty(1 << 16, NUMPY_DTYPES[into])
+    _narrow(wide, values, into)
+    if (kind, into) in _EXACT:
+        return values, None
+    back = widen(values, into)
+    marks = ((wide != back) & ~np.isnan(wide)).astype(np.uint8)
+    marks[np.isinf(back) & np.isfinite(wide)] |= 2
+    marks[(back == 0) & (wide != 0)] |= 4
+    return values, marks
 
 
 def widen(bits: np.ndarray, kind: str) -> np.ndarray:
@@ -103,12 +132,6 @@ def _to_odd(wide: np.ndarray) -> np.ndarray:
 
 
 def _count(wide: np.ndarray, back: np.ndarray, count: Rounding) -> None:
-    changed = wide != back
-    number = int(np.count_nonzero(changed))
-    if not number:
-        return
-    before, after = wide[changed], back[changed]
-    nan = np.isnan(before)
-    count.rounded += number - int(np.count_nonzero(nan))
-    count.overflowed += int(np.count_nonzero(np.isinf(after) & np.isfinite(before)))
-    count.zeroed += int(np.count_nonzero((after == 0) & ~nan))
+    count.rounded += int(np.count_nonzero(wide != back)) - int(np.count_nonzero(np.isnan(wide)))
+    count.overflowed += int(np.count_nonzero(np.isinf(back))) - int(np.count_nonzero(np.isinf(wide)))
+    count.zeroed += int(np.count_nonzero(back == 0)) - int(np.count_nonzero(wide == 0))
