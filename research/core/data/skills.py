@@ -232,13 +232,13 @@ def _units(rng: random.Random, size: int) -> Question:
 
 
 SKILLS: dict[str, Skill] = {
-    "arithmetic": Skill(_arithmetic, size=49, least=9, weight=7),
+    "arithmetic": Skill(_arithmetic, size=99, least=9, weight=6),
     "copy": Skill(_copy, size=4, least=2, weight=2),
     "reverse": Skill(_reverse, size=4, least=2, weight=2),
-    "sort": Skill(_sort, size=4, least=2, weight=2),
+    "sort": Skill(_sort, size=3, least=2, weight=1),
     "count": Skill(_count, size=6, least=3, weight=1),
-    "dates": Skill(_dates, size=7, least=1, weight=3),
-    "units": Skill(_units, size=99, least=9, weight=1),
+    "dates": Skill(_dates, size=5, least=1, weight=3),
+    "units": Skill(_units, size=99, least=9, weight=2),
     "sums": Skill(_sums, size=99, least=9, weight=0),
 }
 MIX = tuple(name for name, skill in SKILLS.items() if skill.weight)
