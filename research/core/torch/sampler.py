@@ -73,7 +73,9 @@ class Sampler:
     def __call__(self, logits_BV: torch.Tensor, rows: Sequence[int] | None = None) -> list[int]:
         """Choose one token for each of ``rows`` (default: all, in order) from float ``logits_BV``, one line per row."""
         if self.plain_greedy:
-            return logits_BV.argmax(-1).tolist()
+            # On the CPU by numpy, in this thread: waking torch's threads costs the next step's more than it saves.
+            on_cpu = logits_BV.device.type == "cpu"
+            return (logits_BV.float().numpy().argmax(-1) if on_cpu else logits_BV.argmax(-1)).tolist()
         rows = range(len(self.samplings)) if rows is None else rows
         return [self._choose(logits_V, row) for logits_V, row in zip(logits_BV, rows, strict=True)]
 
