@@ -2,8 +2,8 @@
 
 Everything is written into ``.<name>.partial`` beside the target: the files get their full size first (a full disk shows
 at once), then each tensor's bytes their place. A journal names the tensors that are done, with their checksums; the
-same command after a kill checks those and goes on. Two threads read, convert and hash slabs of a few megabytes, a third
-writes them; all of that happens outside the interpreter lock, so that both cores work and reading overlaps writing.
+same command after a kill checks those and goes on. Two threads read, convert, hash and write slabs of a few megabytes;
+all four happen outside the interpreter lock, so that both cores work and one reads while the other writes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from research.core.weights.plan import Plan, Target, TargetFile
 from research.core.weights.staging import Staging, Written, check_space, check_target
 from research.core.weights.tensors import NUMPY_DTYPES, Entry, Files, RowReader, span_bytes
 
-SLAB_BYTES = 8 << 20  # of a target or of what it is read from, whichever is larger
-BUFFERS = 6  # slabs that exist at one time
+SLAB_BYTES = 2 << 20  # of a target or of what it is read from, whichever is larger: of the size of a core's cache
 FLUSH_BYTES = 1 << 30  # written between two requests to the disk
 
 
@@ -125,13 +124,9 @@ def _work(
         work.run(progress)
 
 
-class _Stopped(Exception):
-    """Another thread failed, or the person interrupted."""
-
-
 class _Work:
-    """Worker threads that make slabs, and one that writes them: two writers of one file would wait for each other inside
-    the kernel. ``BUFFERS`` slabs exist at one time."""
+    """Threads that take jobs, each making and writing its slabs: what one has read is hashed and written while it is still
+    in the processor's cache."""
 
     def __init__(self, plan: Plan, area: Staging, files: Files, waiting, done, allow_overflow: bool, workers: int):
         self.plan, self.area, self.files, self.waiting, self.done = plan, area, files, waiting, done
@@ -139,79 +134,56 @@ class _Work:
         self.bytes = sum(written.target.bytes for written in done.values())
         self.error: BaseException | None = None
         self.stop = False
-        self.made: queue.SimpleQueue = queue.SimpleQueue()
-        self.buffers: queue.SimpleQueue = queue.SimpleQueue()
-        for _ in range(BUFFERS):
-            self.buffers.put(np.empty(0, np.uint8))
+        self.lock = threading.Lock()
 
     def run(self, progress: Callable[[int], None]) -> None:
-        makers = [
-            threading.Thread(target=self._guard, args=(self._make_all,), daemon=True) for _ in range(self.workers)
-        ]
-        writer = threading.Thread(target=self._guard, args=(self._write_all,), daemon=True)
+        threads = [threading.Thread(target=self._take_jobs, daemon=True) for _ in range(self.workers)]
         flushed = self.bytes
-        for thread in (*makers, writer):
+        for thread in threads:
             thread.start()
         try:
-            for maker in makers:
-                while maker.is_alive():
-                    maker.join(0.1)
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.1)
                     progress(self.bytes)
                     if self.bytes - flushed > FLUSH_BYTES:  # the disk works while the next tensors are made
                         flushed = self.bytes
                         self.area.flush()
         finally:
-            self.stop = self.stop or any(maker.is_alive() for maker in makers)
-            self.made.put(None)
-            for thread in (*makers, writer):
+            self.stop = True
+            for thread in threads:
                 thread.join()
-        progress(self.bytes)
         if self.error is not None:
             raise self.error
 
-    def _guard(self, function: Callable[[], None]) -> None:
+    def _take_jobs(self) -> None:
+        reader, scratch = RowReader(self.files, self.plan.entries), np.empty(SLAB_BYTES, np.uint8)
         try:
-            function()
-        except _Stopped:
-            pass
+            while not self.stop:
+                try:
+                    job = self.waiting.get_nowait()
+                except queue.Empty:
+                    return
+                scratch = self._make(job, reader, scratch)
         except BaseException as error:
             self.error = self.error or error
             self.stop = True
 
-    def _write_all(self) -> None:
-        while (item := self.made.get()) is not None:
-            if self.stop:
-                raise _Stopped
-            if isinstance(item, Written):
-                self.area.note(item)
-                self.done[item.file, item.target.name] = item
-                continue
-            file, slots, begin, view, buffer = item
-            self.area.write(file, slots, begin, memoryview(view))
-            self.bytes += len(view)
-            self.buffers.put(buffer)
-
-    def _make_all(self) -> None:
-        reader = RowReader(self.files, self.plan.entries)
-        while not self.stop:
-            try:
-                job = self.waiting.get_nowait()
-            except queue.Empty:
-                return
-            self._make(job, reader)
-
-    def _make(self, job: _Job, reader: RowReader) -> None:
-        """Slab by slab of the job's targets; each one's result follows its last slab."""
+    def _make(self, job: _Job, reader: RowReader, scratch: np.ndarray) -> np.ndarray:
+        """Slab by slab of the job's targets; -> the buffer for the next job, as large as it had to become."""
         members = [member for member in job.members if (member[0].path, member[1].name) not in self.done]
-        hashes = [checksum.new() for _ in members]
+        digests = [checksum.new() for _ in members]
         counts = [Rounding() for _ in members]
         rows = max(1, members[0][1].shape[0] if members[0][1].shape else 1)
         for low in range(0, rows, job.rows):
             high = min(low + job.rows, rows)
-            for (file, target, slots), digest, count in zip(members, hashes, counts):
+            for (file, target, slots), digest, count in zip(members, digests, counts):
+                if self.stop:
+                    return scratch
                 row = target.bytes // rows
-                buffer = self._buffer((high - low) * row)
-                view = buffer[: (high - low) * row]
+                if scratch.nbytes < (high - low) * row:
+                    scratch = np.empty((high - low) * row, np.uint8)
+                view = scratch[: (high - low) * row]
                 if len(view):
                     _slab(self.plan, target, low, high, reader, view, count)
                 if count.overflowed and not self.allow_overflow:
@@ -220,18 +192,14 @@ class _Work:
                         hint="dtype=bf16, or convert.allow_overflow=true to write infinities",
                     )
                 digest.update(view)
-                self.made.put((file, slots, low * row, view, buffer))
-        for (file, target, _), digest, count in zip(members, hashes, counts):
-            self.made.put(Written(file.path, target, digest.hexdigest(), count))
-
-    def _buffer(self, size: int) -> np.ndarray:
-        while not self.stop:
-            try:
-                buffer = self.buffers.get(timeout=0.2)
-            except queue.Empty:
-                continue
-            return buffer if buffer.nbytes >= size else np.empty(size, np.uint8)
-        raise _Stopped
+                self.area.write(file, slots, low * row, memoryview(view))
+                with self.lock:
+                    self.bytes += len(view)
+        for (file, target, _), digest, count in zip(members, digests, counts):
+            written = Written(file.path, target, digest.hexdigest(), count)
+            self.area.note(written)
+            self.done[file.path, target.name] = written
+        return scratch
 
 
 def _slab(

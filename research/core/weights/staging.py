@@ -100,6 +100,7 @@ class Staging:
     def __init__(self, folder: Path, plan: Plan, log: Callable[[str], None]):
         self.folder, self.plan, self.log = folder, plan, log
         self.handles: dict[str, int] = {}
+        self.locks: dict[str, threading.Lock] = {}
         self.lock = threading.Lock()
 
     def __enter__(self) -> Staging:
@@ -151,6 +152,7 @@ class Staging:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             self.handles[file.path] = handle
+            self.locks[file.path] = threading.Lock()
             frame = file.frame()
             try:
                 if frame.size:
@@ -184,13 +186,13 @@ class Staging:
         return done
 
     def write(self, file: TargetFile, slots: tuple[Slot, ...], begin: int, data: memoryview) -> None:
-        """Bytes ``begin ..`` of a tensor."""
-        for slot in slots:
-            low, high = max(begin, slot.begin), min(begin + len(data), slot.begin + slot.bytes)
-            while low < high:
-                low += os.pwrite(
-                    self.handles[file.path], data[low - begin : high - begin], slot.offset + low - slot.begin
-                )
+        """Bytes ``begin ..`` of a tensor. One writer at a time per file: in the kernel two would spin for its lock."""
+        with self.locks[file.path]:
+            for slot in slots:
+                low, high = max(begin, slot.begin), min(begin + len(data), slot.begin + slot.bytes)
+                while low < high:
+                    part = data[low - begin : high - begin]
+                    low += os.pwrite(self.handles[file.path], part, slot.offset + low - slot.begin)
 
     def note(self, written: Written) -> None:
         row = {"file": written.file, "name": written.target.name, checksum.NAME: written.checksum}
