@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from research.core.config.backends import without_effect
 from research.core.config.compose import compose, compose_resumed, from_yaml, group_options, translate_flags
 from research.core.config.schema import Config
 from research.core.errors import ConfigError, run_cli
@@ -36,6 +38,8 @@ def run_task(words: Sequence[str], family: str | None = None) -> int:
             where=f"research/{family}/run_{family}.py",
             hint=f"python research/{config.model.family}/run_{config.model.family}.py",
         )
+    for note in without_effect(config):
+        print(f"note: {note}", file=sys.stderr, flush=True)
     return importlib.import_module(f"research.tasks.{config.task.name}").run(config)
 
 

@@ -32,7 +32,7 @@ def run(cfg: Config) -> int:
     questions = read_questions(cfg)
     model = load_model(cfg)
     prompts = [encode_question(cfg, model, question) for question in questions]
-    if cfg.prompts:
+    if cfg.prompts or cfg.prompt_list:
         answer_file(cfg, model, questions, prompts)
     else:
         answer_one(cfg, model, questions[0], prompts[0])
@@ -115,6 +115,11 @@ def read_questions(cfg: Config) -> list[Question]:
     """The prompt, the file of prompts, or standard input when it is not a terminal. Raises UserErrors."""
     if cfg.prompt and cfg.prompts:
         raise UserError("prompt and prompts are both set", where=cfg.prompts, hint="one of them")
+    if cfg.prompt_list:
+        for number, text in enumerate(cfg.prompt_list):
+            if not text.strip() and not cfg.generate.raw:
+                raise UserError("there is nothing to answer", where=f"prompt_list[{number}]", hint="leave it out")
+        return [Question(f"prompt_list[{n}]", text, None, {"prompt": text}) for n, text in enumerate(cfg.prompt_list)]
     if cfg.prompts:
         return list(_read_file(require_file(cfg.prompts, "file of prompts", hint="a .txt or .jsonl file")))
     text, where = cfg.prompt, "PROMPT"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from research.core.config.backends import check_backend
 from research.core.config.names import did_you_mean
 from research.core.config.schema import Config
 from research.core.errors import ConfigError
@@ -13,13 +14,14 @@ CHOICES = {
     "data.supervise": ("assistant", "last", "all", "mindformers"),
     "data.on_long": ("truncate", "drop", "error"),
     "train.schedule": ("cosine", "linear", "constant", "wsd"),
-    "train.dtype": ("auto", "fp32", "bf16"),
+    "train.dtype": ("auto", "fp32", "bf16", "fp16"),
     "train.master": ("fp32", "same"),
     "train.checkpointing": ("none", "selective", "full"),
     "generate.dtype": ("auto", "fp32", "bf16"),
-    "parallel.shard": ("none", "full"),
+    "parallel.shard": ("none", "optimizer", "full"),
     "device.kind": ("auto", "cpu", "cuda", "npu"),
     "device.attention": ("auto", "sdpa", "reference", "npu"),
+    "mindir.block_size": (16, 32, 128),
     "model.family": ("qwen", "qwen1_5", "qwen2", "qwen2_5"),
     "model.tokenizer": ("hub", "builtin"),
     "convert.to": ("auto", "huggingface", "mindformers"),
@@ -47,6 +49,9 @@ RANGES = {
     "train.micro_batch": (1, True, None),
     "train.accumulation": (1, True, None),
     "train.warmup_steps": (0, True, None),
+    "train.warmup_ratio": (0, True, 1),
+    "train.loss_scale": (1, True, None),
+    "train.loss_scale_window": (1, True, None),
     "train.weight_decay": (0, True, None),
     "train.beta1": (0, True, 0.9999999),
     "train.beta2": (0, True, 0.9999999),
@@ -80,9 +85,16 @@ RANGES = {
     "parallel.cards": (1, True, None),
     "parallel.nodes": (1, True, None),
     "parallel.node_rank": (0, True, None),
+    "parallel.data": (1, True, None),
+    "parallel.tensor": (1, True, None),
+    "parallel.pipeline": (1, True, None),
     "parallel.master_port": (1, True, 65535),
     "parallel.timeout_s": (1, True, None),
     "device.threads": (0, True, None),
+    "device.index": (0, True, None),
+    "mindir.seq_length": (2, True, None),
+    "mindir.batch": (1, True, None),
+    "mindir.num_blocks": (1, True, None),
     "convert.shard_gb": (0, False, None),
     "verify.tolerance": (0, True, None),
     "verify.tokens": (1, True, None),
@@ -139,10 +151,13 @@ def _check_together(config: Config) -> None:
             where="train",
             hint="ARGS=train.epochs=1",
         )
-    if config.prompt is not None and config.prompts is not None:
+    if (config.prompt is not None) + (config.prompts is not None) + bool(config.prompt_list) > 1:
         raise ConfigError(
-            "prompt and prompts are both set", where="prompts", hint="give one of PROMPT=... and prompts=FILE"
+            "prompt, prompt_list and prompts exclude each other",
+            where="prompts",
+            hint="give one of PROMPT=..., prompt_list=[...] and prompts=FILE",
         )
+    check_backend(config)
     if train.resume and config.run is None:
         raise ConfigError(
             "resuming needs the run folder to go on with",

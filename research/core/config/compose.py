@@ -8,6 +8,7 @@ second and names its nearest neighbour.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import types
@@ -25,6 +26,7 @@ from research.core.config.flags import translate_flags
 from research.core.config.names import did_you_mean
 from research.core.config.schema import Config
 from research.core.errors import ConfigError
+from research.core.launch.environment import place
 
 REPO = Path(__file__).resolve().parents[3]
 FAMILIES = ("qwen", "qwen1_5", "qwen2", "qwen2_5")
@@ -37,7 +39,8 @@ def compose(words: Sequence[str] = ()) -> Config:
     config = _to_dataclass(_hydra_compose([override for override in overrides if not override.literal]))
     for override in overrides:
         if override.literal:
-            _set(config, override.key, override.value)
+            _set(config, override.key, override.text)
+    _join_ranks(config, {override.key for override in overrides})
     check(config)
     return config
 
@@ -49,7 +52,8 @@ def compose_resumed(words: Sequence[str], folder: str | os.PathLike) -> Config:
     nothing. Raises :class:`ConfigError` for another model or task.
     """
     composed, saved = compose(words), from_yaml(Path(folder) / "config.yaml")
-    for override in (_override(word) for word in translate_flags(words)):
+    overrides = [_override(word) for word in translate_flags(words)]
+    for override in overrides:
         if override.key == "model" and composed.model.name != saved.model.name:
             raise ConfigError(
                 f"the run trains {saved.model.name}", where=f"model={composed.model.name}", hint="leave MODEL out"
@@ -62,6 +66,7 @@ def compose_resumed(words: Sequence[str], folder: str | os.PathLike) -> Config:
         raise ConfigError(
             f"the run is a {saved.task.name}", where=f"task={composed.task.name}", hint=f"make {saved.task.name}"
         )
+    _join_ranks(saved, {override.key for override in overrides})
     check(saved)
     return saved
 
@@ -90,6 +95,30 @@ def from_yaml(path: str | os.PathLike) -> Config:
         return _to_dataclass(OmegaConf.create(_no_interpolation(yaml.safe_load(path.read_text(encoding="utf-8")))))
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as bad:
         raise ConfigError(f"cannot be read as a configuration: {bad}", where=path) from None
+
+
+def _join_ranks(config: Config, named: set[str]) -> None:
+    """Under a launcher, the number of cards and the backend are what it started; naming others is an error."""
+    here = place()
+    if here is None:
+        return
+    parallel = config.parallel
+    if not named & {"parallel.cards", "parallel.nodes"}:
+        parallel.cards = here.size
+    elif parallel.cards * parallel.nodes != here.size:
+        raise ConfigError(
+            f"the launcher started {here.size} ranks, the settings ask for {parallel.cards * parallel.nodes} cards",
+            where=f"parallel.cards={parallel.cards} parallel.nodes={parallel.nodes}",
+            hint="leave parallel.cards and parallel.nodes out: the launcher's number counts",
+        )
+    if "backend" not in named:
+        config.backend = here.backend
+    elif config.backend != here.backend:
+        raise ConfigError(
+            f"the launcher started ranks for {here.backend}",
+            where=f"backend={config.backend}",
+            hint=f"scripts/{'torchrun_launcher.sh' if config.backend == 'torch' else 'msrun_launcher.sh'}",
+        )
 
 
 def _no_interpolation(value):
@@ -128,11 +157,30 @@ class Override:
 
     @property
     def literal(self) -> bool:
-        """Text is taken to the letter: prompts and paths may hold brackets, quotes or ${ that Hydra would parse."""
-        return not self.group and self.value != "null" and setting_type(self.key) is str
+        """Text is taken to the letter: prompts and paths may hold brackets, quotes or ${ that Hydra would parse.
+
+        So is a list of texts that is written as JSON.
+        """
+        if self.group or self.value == "null":
+            return False
+        kind = setting_type(self.key)
+        return kind is str or (kind is list and _json_texts(self.value) is not None)
+
+    @property
+    def text(self) -> str | list[str]:
+        """What a literal sets."""
+        return self.value if setting_type(self.key) is str else _json_texts(self.value)
 
     def for_hydra(self) -> str:
         return f"{'' if self.group else '++'}{self.key}={self.value}"
+
+
+def _json_texts(value: str) -> list[str] | None:
+    try:
+        found = json.loads(value)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, list) and all(isinstance(item, str) for item in found) else None
 
 
 def _override(word: str) -> Override:
@@ -189,7 +237,8 @@ def settings(cls: type = Config, prefix: str = "") -> list[str]:
 
 
 def setting_type(key: str) -> type | None:
-    """``str`` for text settings, ``dict`` for a key inside a free table, ``object`` for the rest, None when unknown."""
+    """``str`` for text settings, ``list`` for lists of texts, ``dict`` for a key inside a free table, ``object`` for the
+    rest, None when unknown."""
     cls: type = Config
     parts = key.split(".")
     for at, part in enumerate(parts):
@@ -204,6 +253,8 @@ def setting_type(key: str) -> type | None:
             return dict
         if rest:
             return None
+        if kind == list[str]:
+            return list
         return str if _is_text(kind) else object
     return None
 

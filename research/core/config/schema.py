@@ -66,15 +66,18 @@ class TrainConfig:
     lr: float = 1e-5
     min_lr_ratio: float = 0.1
     schedule: str = "cosine"  # cosine | linear | constant | wsd
-    warmup_steps: int | None = None  # None: 3 % of the steps
+    warmup_steps: int | None = None  # None: warmup_ratio of the steps
+    warmup_ratio: float = 0.03
     decay_ratio: float = 0.2  # wsd: share of the steps that decay
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     clip_norm: float = 1.0
-    dtype: str = "auto"  # compute: fp32 | bf16; auto: bf16 where the device multiplies it faster
+    dtype: str = "auto"  # compute: fp32 | bf16 | fp16 (mindspore); auto: bf16 where the device multiplies it faster
     master: str = "fp32"  # fp32 | same: dtype of the stored weights and optimiser state
+    loss_scale: float = 65536.0  # fp16: what the loss is multiplied by at first; halved at an overflow,
+    loss_scale_window: int = 1000  # and doubled after so many steps without one
     checkpointing: str = "none"  # activations: none | selective | full
     compile: bool = False  # torch.compile of each block
     head_chunk: int = 1024  # rows of logits that exist at one time
@@ -125,14 +128,21 @@ class GenerateConfig:
 
 @dataclass
 class ParallelConfig:
-    """Cards and nodes; ``shard=full`` splits weights, gradients and optimiser state over them (FSDP2)."""
+    """Cards and nodes; ``shard=full`` splits weights, gradients and optimiser state over them (FSDP2).
+
+    ``data * tensor * pipeline`` is the number of all cards. With pipeline stages, the micro batches that fill them are
+    those of ``train.accumulation``.
+    """
 
     cards: int = 1  # processes on this node
     nodes: int = 1
     node_rank: int = 0
     master_addr: str = "127.0.0.1"
     master_port: int = 29500
-    shard: str = "none"  # none | full
+    data: int | None = None  # groups that see different sequences; None: what the cards leave
+    tensor: int = 1  # cards that share each layer (mindspore)
+    pipeline: int = 1  # stages that share the layers (mindspore, on Ascend)
+    shard: str = "none"  # none | optimizer (its state only; mindspore) | full (torch)
     timeout_s: int = 600
 
 
@@ -141,6 +151,7 @@ class DeviceConfig:
     kind: str = "auto"  # auto | cpu | cuda | npu
     attention: str = "auto"  # auto | sdpa | reference | npu
     threads: int = 0  # CPU threads; 0: every core
+    index: int | None = None  # which card a run on one card takes; None: the first
 
 
 @dataclass
@@ -173,7 +184,9 @@ class ReshardConfig:
     grid: str | None = None  # tp4, dp2-tp4-pp2; None: parallel.cards tensor-parallel cards
     stage_layers: list[int] = field(default_factory=list)  # decoder layers per pipeline stage; empty: even
     kv: str = "replicate"  # kv heads fewer than cards: replicate | refuse
-    vocab: str = "auto"  # that does not divide: pad | replicate | refuse; whole: on every card; auto: parts pad, ranks replicate
+    vocab: str = (
+        "auto"  # that does not divide: pad | replicate | refuse; whole: on every card; auto: parts pad, ranks replicate
+    )
     strategy: str | None = None  # the source's MindSpore strategy files, where they are not beside its ranks
     target_strategy: str | None = None  # lay the ranks out as these strategy files say
     document_names: bool = False  # ckpt_strategy_rank_N_rank_N.ckpt, as the documents list them
@@ -191,6 +204,19 @@ class VerifyConfig:
     a_concat: str | None = None  # none | stacked | grouped | probe, where a file does not say it
     b_concat: str | None = None
     config: str | None = None  # config.json of a MindFormers file that has none beside it
+
+
+@dataclass
+class MindirConfig:
+    """``make export BACKEND=mindspore``: the graphs' shapes, which are fixed when they are written."""
+
+    seq_length: int | None = None  # prompt and answer together; None: data.seq_length
+    batch: int = 1
+    past: bool = True  # write the incremental graph beside the full one
+    dynamic: bool = False  # any batch and length up to these
+    paged: bool = False  # keys and values in blocks; block_size * num_blocks must hold seq_length * batch
+    block_size: int = 16  # 16 | 32 | 128
+    num_blocks: int = 512
 
 
 @dataclass
@@ -220,14 +246,17 @@ class Config:
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     reshard: ReshardConfig = field(default_factory=ReshardConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    mindir: MindirConfig = field(default_factory=MindirConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     backend: str = "torch"  # torch | mindspore
     weights: str | None = None  # a weight folder in Hugging Face format, or a run folder
+    auto_transform: bool = True  # a checkpoint of another grid is made into this one's (mindspore); false: refused
     adapter: str | None = None  # a PEFT adapter folder put on the weights (predict, chat, merge)
     tokenizer: str | None = None  # folder of the vocabulary, when it is not beside the weights
     run: str | None = None  # the run folder to write or to go on with; None: runs/<task>/<model>/<time>
     prompt: str | None = None  # predict: one prompt; or
+    prompt_list: list[str] = field(default_factory=list)  # several, each answered on its own; or
     prompts: str | None = None  # a file with one prompt a line (.txt) or {"prompt"} / {"messages"} records (.jsonl)
     output: str | None = None  # export, merge, convert, split, merge-shards, reshard, weights: what to write
     allow_pickle: bool = False  # read .bin weights and adapters where there are no safetensors: only from who you trust

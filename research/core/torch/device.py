@@ -45,6 +45,14 @@ def resolve_device(cfg: DeviceConfig, local_rank: int = 0, sharing: int = 1) -> 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     there = getattr(torch, kind).device_count()
+    if sharing == 1 and cfg.index is not None:
+        local_rank = cfg.index
+        if local_rank >= there:
+            raise ConfigError(
+                f"only {there} {kind} devices are visible here",
+                where=f"device.index={local_rank}",
+                hint=f"device.index=0 to {there - 1}",
+            )
     if local_rank >= there:
         raise ConfigError(
             f"only {there} {kind} devices are visible here", where="parallel.cards", hint=f"CARDS={there}"

@@ -41,9 +41,9 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
     return 1.0 if warmup_steps <= 0 else min(1.0, (step + 1) / warmup_steps)
 
 
-def default_warmup(steps: int) -> int:
-    """3 % of the steps, at least one."""
-    return max(1, math.ceil(0.03 * steps))
+def default_warmup(steps: int, ratio: float = 0.03) -> int:
+    """``ratio`` of the steps, at least one unless it is 0."""
+    return max(1, math.ceil(ratio * steps)) if ratio else 0
 
 
 def learning_rate(
@@ -56,16 +56,20 @@ def learning_rate(
     min_ratio: float,
     decay_ratio: float = 0.2,
     time_share: float = 0.0,
+    warmup_ratio: float = 0.03,
 ) -> float:
     """Learning rate of optimiser step ``step`` (from 0).
 
     With ``steps``, progress counts from the end of the warm-up to the last step, which reaches the minimum.
     ``time_share`` is the share of ``max_minutes`` that is used up; whichever is further along decides, so a slow
-    machine still ends its decay in time. Without ``steps`` the warm-up too is 3 % of the time.
+    machine still ends its decay in time. Without ``steps`` the warm-up too is a part of the time (``warmup_ratio``).
     """
     if steps is None:
-        warm = warmup_factor(step, warmup_steps) if warmup_steps is not None else min(1.0, max(time_share, 1e-3) / 0.03)
+        if warmup_steps is not None:
+            warm = warmup_factor(step, warmup_steps)
+        else:
+            warm = min(1.0, max(time_share, 1e-3) / warmup_ratio) if warmup_ratio else 1.0
         return peak * warm * lr_factor(kind, time_share, min_ratio, decay_ratio)
-    warmup = default_warmup(steps) if warmup_steps is None else warmup_steps
+    warmup = default_warmup(steps, warmup_ratio) if warmup_steps is None else warmup_steps
     by_step = (step - warmup + 1) / max(1, steps - warmup) if step >= warmup else 0.0
     return peak * warmup_factor(step, warmup) * lr_factor(kind, max(by_step, time_share), min_ratio, decay_ratio)

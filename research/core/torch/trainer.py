@@ -244,6 +244,7 @@ class Trainer:
             kind=train.schedule,
             steps=self.steps,
             warmup_steps=train.warmup_steps,
+            warmup_ratio=train.warmup_ratio,
             min_ratio=train.min_lr_ratio,
             decay_ratio=train.decay_ratio,
             time_share=time_share,

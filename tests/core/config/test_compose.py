@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from research.core.config.backends import without_effect
 from research.core.config.compose import compose, from_yaml, group_options, to_yaml
 from research.core.errors import ConfigError
 from research.registry import model_files, model_spec
@@ -114,3 +116,53 @@ def test_importing_the_ground_floor_loads_no_framework():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_several_prompts_are_taken_to_the_letter():
+    texts = ['what is "a, b"?', "[1, 2] ${x}", "第三"]
+    assert compose([f"prompt_list={json.dumps(texts)}"]).prompt_list == texts
+    assert compose(["prompt_list=[one,two]"]).prompt_list == ["one", "two"]
+    with pytest.raises(ConfigError, match="exclude each other"):
+        compose(["prompt=x", 'prompt_list=["y"]'])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["parallel.tensor=2"], "CARDS=2"),
+        (["parallel.cards=6", "parallel.tensor=4", "backend=mindspore"], "CARDS=4"),
+        (["parallel.cards=8", "parallel.data=2", "parallel.tensor=2", "backend=mindspore"], "parallel.data=4"),
+        (["parallel.cards=2", "parallel.tensor=2"], "parallel.shard=full"),
+        (["parallel.cards=2", "parallel.shard=optimizer"], "parallel.shard=full"),
+        (["train.dtype=fp16"], "train.dtype=bf16"),
+        (["parallel.cards=2", "parallel.shard=full", "backend=mindspore"], "parallel.shard=optimizer"),
+    ],
+)
+def test_a_grid_that_the_backend_cannot_follow_is_refused_with_one_that_it_can(words, says):
+    with pytest.raises(ConfigError) as caught:
+        compose(words)
+    assert says in str(caught.value)
+
+
+def test_settings_without_effect_are_named():
+    config = compose(["auto_transform=false", "mindir.paged=true", "parallel.cards=2", "device.index=1"])
+    notes = "\n".join(without_effect(config))
+    for name in ("auto_transform", "mindir", "device.index"):
+        assert name in notes
+    assert without_effect(compose([])) == []
+
+
+def test_ranks_take_their_number_and_backend_from_the_launcher(monkeypatch):
+    for name, value in {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "4", "MS_NODE_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="started 4 ranks"):
+        compose(["parallel.cards=2", "backend=mindspore"])
+    with pytest.raises(ConfigError, match=r"torchrun_launcher\.sh"):
+        compose(["backend=torch"])
+    monkeypatch.setenv("MS_WORKER_NUM", "four")
+    with pytest.raises(ConfigError, match="MS_WORKER_NUM"):
+        compose([])
+    monkeypatch.delenv("MS_ROLE")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert compose([]).parallel.cards == 3

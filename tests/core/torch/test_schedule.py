@@ -42,6 +42,9 @@ def test_clock_overtakes_steps_when_the_machine_is_slow():
 
 def test_default_warmup_is_three_percent_and_never_zero():
     assert default_warmup(1000) == 30 and default_warmup(5) == 1
+    assert default_warmup(1000, 0.01) == 10 and default_warmup(1000, 0.0) == 0
+    no_warmup = learning_rate(0, kind="linear", steps=100, warmup_steps=None, warmup_ratio=0.0, **COMMON)
+    assert no_warmup == learning_rate(0, kind="linear", steps=100, warmup_steps=0, **COMMON)
 
 
 def test_unknown_schedule_names_the_nearest():

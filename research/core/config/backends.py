@@ -1,0 +1,100 @@
+"""What each backend can do with the settings: contradictions are refused, settings without effect are named.
+
+What cannot be had is an error with the setting to use instead; what makes no difference is a line of
+:func:`without_effect`, which the command line prints before the task starts.
+"""
+
+from __future__ import annotations
+
+from research.core.config.schema import Config, MindirConfig
+from research.core.errors import ConfigError
+
+_TRAINING = ("pretrain", "finetune", "lora")
+
+
+def check_backend(config: Config) -> None:
+    """Raise :class:`ConfigError` for a setting that ``config.backend`` cannot follow."""
+    _check_grid(config)
+    if config.backend == "torch":
+        _check_torch(config)
+    elif config.backend == "mindspore":
+        _check_mindspore(config)
+
+
+def _check_grid(config: Config) -> None:
+    parallel = config.parallel
+    cards, inner = parallel.cards * parallel.nodes, parallel.tensor * parallel.pipeline
+    data = parallel.data
+    if data is None and cards % inner == 0:
+        return
+    if data is not None and data * inner == cards:
+        return
+    named = f"parallel.tensor={parallel.tensor} parallel.pipeline={parallel.pipeline}"
+    if data is not None:
+        named = f"parallel.data={data} {named}"
+    wanted = inner * (data or 1)
+    what = f"make {wanted} cards" if data is not None else f"need a multiple of {inner} cards"
+    fits = f"CARDS={max(1, wanted // parallel.nodes)}"
+    if cards % inner == 0:
+        fits += f", or parallel.data={cards // inner}"
+    raise ConfigError(f"{what}, and there are {cards}", where=named, hint=fits)
+
+
+def _check_torch(config: Config) -> None:
+    parallel, train = config.parallel, config.train
+    if parallel.tensor * parallel.pipeline > 1:
+        raise ConfigError(
+            "on torch every card has whole layers",
+            where=f"parallel.tensor={parallel.tensor} parallel.pipeline={parallel.pipeline}",
+            hint="parallel.shard=full, which spreads the weights over the cards, or BACKEND=mindspore",
+        )
+    if parallel.shard == "optimizer":
+        raise ConfigError(
+            "torch shards weights, gradients and optimiser state together",
+            where="parallel.shard=optimizer",
+            hint="parallel.shard=full, or BACKEND=mindspore",
+        )
+    if train.dtype == "fp16":
+        raise ConfigError(
+            "fp16 with loss scaling is the mindspore backend's; torch trains in fp32 or bf16",
+            where="train.dtype=fp16",
+            hint="train.dtype=bf16",
+        )
+
+
+def _check_mindspore(config: Config) -> None:
+    if config.parallel.shard == "full":
+        raise ConfigError(
+            "MindSpore splits layers (parallel.tensor, parallel.pipeline) and the optimiser's state",
+            where="parallel.shard=full",
+            hint="parallel.shard=optimizer",
+        )
+
+
+def without_effect(config: Config) -> list[str]:
+    """One line for each setting that differs from its default and changes nothing in this task on this backend."""
+    notes = []
+    torch, task = config.backend == "torch", config.task.name
+    cards = config.parallel.cards * config.parallel.nodes
+    if torch and not config.auto_transform:
+        notes.append("auto_transform=false has no effect on torch: a checkpoint there is whole, or loads on any cards")
+    if not torch and config.train.compile and task in _TRAINING:
+        notes.append("train.compile has no effect with MindSpore: its graphs are always compiled")
+    if not torch and config.generate.compile and task in ("predict", "chat"):
+        notes.append("generate.compile has no effect with MindSpore: its graphs are always compiled")
+    if config.mindir != MindirConfig() and not (task == "export" and not torch):
+        notes.append(
+            f"mindir.* has no effect here: it shapes the graphs of `make export BACKEND=mindspore`, not {task}"
+        )
+    if config.device.index is not None and cards > 1:
+        notes.append("device.index has no effect on several cards: each rank takes the card of its number")
+    elif config.device.index is not None and config.device.kind == "cpu":
+        notes.append("device.index has no effect on the CPU")
+    if config.train.dtype != "fp16" and task in _TRAINING and _scaled(config):
+        notes.append(f"train.loss_scale has no effect with train.dtype={config.train.dtype}: only fp16 needs it")
+    return notes
+
+
+def _scaled(config: Config) -> bool:
+    default = type(config.train)()
+    return (config.train.loss_scale, config.train.loss_scale_window) != (default.loss_scale, default.loss_scale_window)
