@@ -5,18 +5,23 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from research.core.config.schema import Config
 from research.core.data.audit import AuditError, Report, print_audit
+from research.core.data.dataset import SPLITS, read_meta
+from research.core.data.mindrecord.write import check_output, existing_files
 from research.core.data.prepare import Progress as State
 from research.core.data.prepare import open_prepared, prepare_dataset
 from research.core.data.sources import expand_sources, source_bytes
 from research.core.run.folder import RunFolder
 from research.core.run.progress import Progress
+from research.core.run.terminal import Terminal
 from research.core.spec import DecoderSpec, spec_from_hf
 from research.registry import model_spec
+from research.tasks.mindrecord import write_split
 from research.tasks.sources import (
     from_hub,
     read_json,
@@ -28,11 +33,15 @@ from research.tasks.sources import (
 
 _VOCABULARY_FILES = ("*.json", "*.txt", "*.tiktoken", "*.jinja")
 _MB = 1 << 20
+OVERWRITE = "data.overwrite=true"
 
 
 def run(cfg: Config) -> int:
     from research.core.config.compose import to_yaml
 
+    if cfg.data.mindrecord:
+        for output in _outputs(cfg):
+            check_output(output, cfg.data.file_partition, cfg.data.overwrite, OVERWRITE)
     weights = _files(cfg)
     tokenizer, template = resolve_tokenizer(cfg, weights), resolve_template(cfg, weights)
     spec = _spec(cfg, weights, tokenizer)
@@ -42,6 +51,8 @@ def run(cfg: Config) -> int:
         if report is not None:
             folder.write_report(report.to_json())
         folder.say(f"dataset: {dataset}")
+        if cfg.data.mindrecord:
+            _write_mindrecord(cfg, dataset, folder)
         words = [f"MODEL={cfg.model.name}"]
         words += [
             f"{name}={shlex.quote(v)}" for name, v in (("WEIGHTS", cfg.weights), ("TOKENIZER", cfg.tokenizer)) if v
@@ -72,18 +83,46 @@ def dataset_for(
                 tokenizer,
                 template,
                 folder,
+                family=cfg.model.family,
                 allow_special=cfg.allow_special,
-                progress=_shown(bar),
+                progress=preparation_shown(bar),
                 **limits,
             )
         except AuditError as error:
-            _print(error.report, run)
+            print_report(error.report, run)
             raise
-    _print(report, run)
+    print_report(report, run)
     return folder, report
 
 
-def _shown(bar: Progress):
+def _outputs(cfg: Config) -> list[Path]:
+    """Names of the MindRecord sets: of the trained rows, and of the held-out ones."""
+    output = Path(cfg.data.mindrecord).expanduser()
+    return [output, output.with_name(f"{output.stem}_eval{output.suffix}")]
+
+
+def _write_mindrecord(cfg: Config, dataset: Path, run: RunFolder) -> None:
+    meta, width = read_meta(dataset), cfg.data.seq_length + 1
+    for split, output in zip(SPLITS, _outputs(cfg)):
+        counts = meta["splits"][split]
+        if split == "eval" and (not counts["rows"] or (meta.get("text_only") and counts["tokens"] < width)):
+            for path in existing_files(output):  # of an earlier run: it would not go with the new rows
+                path.unlink()
+            run.say(f"mindrecord: no {output.name}: {counts['tokens']:,} tokens are held out")
+            continue
+        write_split(
+            dataset / split,
+            output,
+            run,
+            family=cfg.model.family,
+            width=width,
+            shards=cfg.data.file_partition,
+            overwrite=cfg.data.overwrite,
+            option=OVERWRITE,
+        )
+
+
+def preparation_shown(bar: Progress) -> Callable[[State], None]:
     """Show the preparation's state on ``bar``: megabytes read of all, and records a second."""
     began = last = time.monotonic()
 
@@ -99,7 +138,7 @@ def _shown(bar: Progress):
     return show
 
 
-def _print(report: Report, run: RunFolder) -> None:
+def print_report(report: Report, run: RunFolder | Terminal) -> None:
     from rich.console import Console
 
     print_audit(report, Console(file=sys.stderr, width=None if run.terminal.isatty() else 120))

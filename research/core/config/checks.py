@@ -9,7 +9,7 @@ from research.core.errors import ConfigError
 
 CHOICES = {
     "backend": ("torch", "mindspore"),
-    "data.format": ("auto", "alpaca", "messages", "sharegpt", "text", "wikitext", "skills"),
+    "data.format": ("auto", "alpaca", "messages", "sharegpt", "text", "wikitext", "skills", "mindrecord"),
     "data.documents": ("blank", "line", "file"),
     "data.supervise": ("assistant", "last", "all", "mindformers"),
     "data.on_long": ("truncate", "drop", "error"),
@@ -73,6 +73,7 @@ RANGES = {
     "data.max_dropped": (0, True, 1),
     "data.min_supervised": (0, True, 1),
     "data.skills_records": (100, True, None),
+    "data.file_partition": (1, True, 1000),
     "lora.rank": (1, True, None),
     "lora.alpha": (0, False, None),
     "lora.dropout": (0, True, 0.999),
@@ -150,6 +151,20 @@ def _check_together(config: Config) -> None:
             "training needs an end: train.steps, train.epochs and train.max_minutes are all null",
             where="train",
             hint="ARGS=train.epochs=1",
+        )
+    if config.data.mindrecord is None:
+        for name, unset in (("overwrite", False), ("file_partition", 1)):
+            if getattr(config.data, name) != unset:
+                raise ConfigError(
+                    "has no effect without data.mindrecord",
+                    where=f"data.{name}={getattr(config.data, name)}",
+                    hint="data.mindrecord=<file to write>",
+                )
+    elif config.task.name != "data":
+        raise ConfigError(
+            "only `make data` writes MindRecord",
+            where=f"data.mindrecord={config.data.mindrecord}",
+            hint="make data DATA=... ARGS=data.mindrecord=<file>",
         )
     if (config.prompt is not None) + (config.prompts is not None) + bool(config.prompt_list) > 1:
         raise ConfigError(

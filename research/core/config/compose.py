@@ -111,6 +111,8 @@ def _join_ranks(config: Config, named: set[str]) -> None:
             where=f"parallel.cards={parallel.cards} parallel.nodes={parallel.nodes}",
             hint="leave parallel.cards and parallel.nodes out: the launcher's number counts",
         )
+    if here.meet_s is not None and "parallel.timeout_s" not in named:
+        parallel.timeout_s = here.meet_s
     if "backend" not in named:
         config.backend = here.backend
     elif config.backend != here.backend:
@@ -205,7 +207,8 @@ def _override(word: str) -> Override:
 
 def _data_source(value: str) -> str:
     paths = [Path(part).expanduser() for part in value.split(",")]
-    if any(path.exists() for path in paths) or any(ch in value for ch in "*?/"):
+    # x.mindrecord may be cut into x.mindrecord0, x.mindrecord1, ...
+    if any(path.exists() or Path(f"{path}0").exists() for path in paths) or any(ch in value for ch in "*?/"):
         return value
     names = [name for name in group_options("data") if name != "file"]
     raise ConfigError(

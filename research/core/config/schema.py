@@ -30,7 +30,7 @@ class DataConfig:
 
     source: str = "skills"  # a built-in name (skills) or a file, folder or glob; several separated by commas
     format: str = (
-        "auto"  # auto | alpaca | messages | sharegpt | text | wikitext | skills (files .json .jsonl .gz .parquet .txt)
+        "auto"  # auto | alpaca | messages | sharegpt | text | wikitext | skills | mindrecord (.json .jsonl .gz .parquet .txt ...)
     )
     documents: str = "blank"  # what separates documents of plain text: blank (lines) | line | file
     seq_length: int = 512
@@ -50,6 +50,9 @@ class DataConfig:
     dump: str | None = None  # write {"id","input_ids","labels"} per record, before packing
     output: str | None = None  # dataset folder; None: in the run folder
     folder: str | None = None  # use this prepared dataset folder instead of preparing one
+    mindrecord: str | None = None  # make data: also write the rows as MindRecord, the held-out ones beside it as *_eval
+    file_partition: int = 1  # files that each MindRecord set is cut into
+    overwrite: bool = False  # replace data.mindrecord where it exists
     skills: list[str] = field(default_factory=list)  # of the built-in set; empty: all of its training mix
     skills_records: int = 40000
 

@@ -105,6 +105,15 @@ class PackedDataset:
         indices = np.asarray(indices, np.int64)
         return self._documents[self._rows[indices + 1]] - self._documents[self._rows[indices]]
 
+    @property
+    def stored(self) -> np.ndarray:
+        """All tokens as they are stored: int32 [tokens], row after row, ``~id`` where not supervised."""
+        return self._tokens
+
+    def row_start(self, row: int) -> int:
+        """Where a row begins in :attr:`stored`."""
+        return int(self._documents[self._rows[row]])
+
     def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """``(ids, labels)`` of one document, int64 [length] each."""
         return _split_sign(self._tokens[self._documents[number] : self._documents[number + 1]])

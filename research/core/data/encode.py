@@ -11,12 +11,14 @@ import numpy as np
 
 from research.core.data.json_stream import Record
 from research.core.data.messages import NOT_UNICODE, Dropped, Example, to_example
+from research.core.data.mindrecord.source import read_document
 from research.core.data.readers import TextPart
 from research.core.data.sources import Where
 from research.core.data.supervise import Rules, kept_length, supervised_mask
 from research.core.errors import DataError, UserError
 
 TEXT_FORMATS = ("text", "wikitext")
+MINDRECORD_FORMAT = "mindrecord"
 BUCKETS = 40  # length histogram: bucket b counts 2^(b-1) .. 2^b - 1 tokens
 
 
@@ -92,6 +94,8 @@ class Encoder:
         self.system, self.allow_special, self.seed = system, allow_special, seed
 
     def __call__(self, job: Job) -> Block:
+        if job.fmt == MINDRECORD_FORMAT:
+            return self._stored(job)
         return self._text(job) if job.fmt in TEXT_FORMATS else self._conversations(job)
 
     def _conversations(self, job: Job) -> Block:
@@ -122,8 +126,31 @@ class Encoder:
             lengths.append(len(ids))
             names.append(example.id)
         tokens = np.array(flat, np.int32)
-        counts.max_id = int(tokens.max(initial=-1))
         tokens = np.where(np.frombuffer(masks, np.uint8) != 0, tokens, ~tokens)
+        return self._block(job, tokens, lengths, names, counts)
+
+    def _stored(self, job: Job) -> Block:
+        """Rows of a MindRecord file, whose ids and supervision are in it."""
+        counts = Counts(read=len(job.records))
+        documents, names = [], []
+        for record in job.records:
+            tokens = read_document(record, self.rules.seq_length, self.rules.pad_id)
+            counts.measure(len(tokens))
+            kept, reason = kept_length((), bytearray(tokens >= 0), self.rules, record.where)
+            if reason:
+                counts.drop(reason, record.where)
+                continue
+            if kept < len(tokens):
+                counts.truncated += 1
+                counts.truncated_tokens += len(tokens) - kept
+            documents.append(tokens[:kept])
+            names.append(record.where.name)
+        tokens = np.concatenate(documents) if documents else np.empty(0, np.int32)
+        return self._block(job, tokens, [len(document) for document in documents], names, counts)
+
+    def _block(self, job: Job, tokens: np.ndarray, lengths: list[int], names: list[str | int], counts: Counts) -> Block:
+        """Whole documents, ``~id`` where not supervised, as a block."""
+        counts.max_id = int(np.where(tokens < 0, ~tokens, tokens).max(initial=-1))
         keys, start = [], 0
         for length in lengths:
             keys.append(content_key(tokens[start : start + length], self.seed))
@@ -157,6 +184,8 @@ class Encoder:
             return error
 
     def _text(self, job: Job) -> Block:
+        # The MindFormers scripts put all paragraphs of WikiText one behind the other, with nothing between them.
+        stream = self.rules.mode == "mindformers" and job.fmt == "wikitext"
         counts = Counts()
         parts: list[TextPart] = []
         names, last = [], []
@@ -168,12 +197,12 @@ class Encoder:
                 counts.drop(NOT_UNICODE, record.where)
                 part = TextPart("", part.last)
             parts.append(part)
-            last.append(part.last)
+            last.append(part.last and not stream)
             names.append(record.where.name)
         allowed = "all" if self.allow_special else ()
         encoded = self.tokenizer.encode_batch([part.text for part in parts], allowed_special=allowed)
-        for ids, part in zip(encoded, parts):
-            if part.last:
+        for ids, ends in zip(encoded, last):
+            if ends:
                 ids.append(self.tokenizer.eos_id)
         flat = [token for ids in encoded for token in ids]
         tokens = np.array(flat, np.int32)

@@ -22,10 +22,21 @@ from research.core.config.names import did_you_mean
 from research.core.config.schema import DataConfig
 from research.core.data.audit import Report, check
 from research.core.data.dataset import AUDIT, FORMAT, IGNORE, META, check_dataset
-from research.core.data.encode import BUCKETS, Block, Counts, Encoder, Job, content_key
+from research.core.data.encode import (
+    BUCKETS,
+    MINDRECORD_FORMAT,
+    TEXT_FORMATS,
+    Block,
+    Counts,
+    Encoder,
+    Job,
+    content_key,
+)
 from research.core.data.folder import SplitWriter, close_synced, write_json, writing
 from research.core.data.holdout import HeldOut
 from research.core.data.json_stream import Record
+from research.core.data.mindrecord.read import holds_mindrecord
+from research.core.data.mindrecord.source import Run, check_fits
 from research.core.data.readers import TextPart, read_file
 from research.core.data.sources import Where, expand_sources, source_bytes
 from research.core.data.supervise import MODES, ON_LONG, Rules
@@ -62,6 +73,7 @@ def prepare_dataset(
     *,
     model_length: int | None,
     vocab_size: int | None,
+    family: str | None = None,
     allow_special: bool = False,
     log: Callable[[str], None] = print,
     progress: Callable[[Progress], None] | None = None,
@@ -69,22 +81,27 @@ def prepare_dataset(
     """Write ``folder/{train,eval}/``, ``meta.json`` and ``audit.json`` from ``cfg.source``; returns the audit.
 
     ``model_length`` is the longest sequence the model is made for, ``vocab_size`` its number of embedding rows (None:
-    not checked). While it runs, ``progress`` is called often; without it ``log`` gets a line now and then. Raises :class:`ConfigError` for settings that cannot
+    not checked), ``family`` the model's (None: the vocabulary's). While it runs, ``progress`` is called often; without it ``log`` gets a line now and then. Raises :class:`ConfigError` for settings that cannot
     work, :class:`DataError` for data that cannot be used and for audit findings; then nothing is left under
     ``folder`` or ``cfg.dump``.
     """
     folder = Path(folder)
     sources = expand_sources(cfg.source)
     _check_settings(cfg, model_length)
+    family = family or tokenizer.family
     rules = Rules(
         seq_length=cfg.seq_length,
         mode=cfg.supervise,
         on_long=cfg.on_long,
-        first_generation=tokenizer.family == "qwen",
+        first_generation=family == "qwen",
         pad_id=tokenizer.pad_id,
     )
     encoder = Encoder(tokenizer, template, rules, system=cfg.system, allow_special=allow_special, seed=cfg.seed)
     report = Report(folder, [str(s) for s in sources], [], cfg.seq_length, cfg.supervise)
+    fits = Run(cfg.seq_length, family, tokenizer.fingerprint, any_labels=cfg.format == MINDRECORD_FORMAT)
+    for source in sources:
+        if isinstance(source, Path) and holds_mindrecord(source):
+            report.notes += check_fits(source, fits)
     began = time.monotonic()
     with writing(folder) as aside, _dump(cfg.dump) as dump:
         collector = _Collector(cfg, tokenizer, aside, vocab_size, dump)
@@ -108,7 +125,7 @@ def prepare_dataset(
         report.seconds = time.monotonic() - began
         check(report, cfg)
         write_json(aside / AUDIT, report.to_json())
-        write_json(aside / META, _meta(cfg, report, tokenizer, template, allow_special))
+        write_json(aside / META, _meta(cfg, report, tokenizer, template, family, allow_special))
     return report
 
 
@@ -140,17 +157,21 @@ def open_prepared(
     return Path(cfg.folder)
 
 
-def _meta(cfg: DataConfig, report: Report, tokenizer: Any, template: Any, allow_special: bool) -> dict[str, Any]:
-    text_only = all(fmt in ("text", "wikitext") for fmt in report.formats)
+def _meta(
+    cfg: DataConfig, report: Report, tokenizer: Any, template: Any, family: str, allow_special: bool
+) -> dict[str, Any]:
+    formats = set(report.formats)
+    ready_made = formats <= {*TEXT_FORMATS, MINDRECORD_FORMAT}  # no template to disagree about
     return {
         "format": FORMAT,
         "seq_length": cfg.seq_length,
         "pad_id": tokenizer.pad_id,
         "max_id": report.max_id,
         "tokenizer": tokenizer.fingerprint,
-        "family": tokenizer.family,
-        "template": None if text_only else template.fingerprint,  # plain text has no template to disagree about
-        "template_name": None if text_only else template.name,
+        "family": family,
+        "text_only": formats <= set(TEXT_FORMATS),
+        "template": None if ready_made else template.fingerprint,
+        "template_name": None if ready_made else template.name,
         "allow_special": allow_special,
         "splits": report.splits,
         "settings": asdict(cfg),
@@ -222,7 +243,8 @@ def _open_source(
         def on_bytes(count: int) -> None:
             state.done = before + count
 
-        fmt, records = read_file(source, cfg.format, cfg.documents, on_bytes)
+        mindformers = cfg.supervise == "mindformers"
+        fmt, records = read_file(source, cfg.format, cfg.documents, on_bytes, mindformers)
         yield None, fmt, records
 
 

@@ -1,12 +1,13 @@
 """Readers: every accepted file becomes a stream of records. Nothing holds more than a chunk and a record.
 
 The shape of a file is decided by its content (its first record), or by ``data.format``:
-    alpaca    {"instruction", "input"?, "output"}              .json .jsonl .parquet
-    messages  {"messages": [{"role", "content"}]}              .json .jsonl .parquet
-    sharegpt  {"conversations": [{"from", "value"}]}           .json .jsonl .parquet
-    text      {"text"}, or plain text                          .json .jsonl .parquet .txt
-    wikitext  WikiText lines, as plain text, as CSV-quoted lines (wiki.*.tokens), or as {"text"} rows
-All of them may be gzipped.
+    alpaca      {"instruction", "input"?, "output"}              .json .jsonl .parquet
+    messages    {"messages": [{"role", "content"}]}              .json .jsonl .parquet
+    sharegpt    {"conversations": [{"from", "value"}]}           .json .jsonl .parquet
+    text        {"text"}, or plain text                          .json .jsonl .parquet .txt
+    wikitext    WikiText lines, as plain text, as CSV-quoted lines (wiki.*.tokens), or as {"text"} rows
+    mindrecord  rows of token ids                              .mindrecord, .mindrecord0, ...
+All of them may be gzipped, but for the last.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from __future__ import annotations
 import csv
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from research.core.config.names import did_you_mean
 from research.core.data.json_stream import Record, json_records
+from research.core.data.mindrecord.read import is_mindrecord
+from research.core.data.mindrecord.source import mindrecord_records
 from research.core.data.sources import OnBytes, Where, open_bytes, text_lines
+from research.core.data.wikitext import cleaned_paragraphs
 from research.core.errors import ConfigError, DataError
 
 KEYS = {"alpaca": "instruction", "messages": "messages", "sharegpt": "conversations", "text": "text"}
-FORMATS = ("auto", *KEYS, "wikitext", "skills")
+FORMATS = ("auto", *KEYS, "wikitext", "skills", "mindrecord")
 SEPARATORS = ("blank", "line", "file")
 PART = 1 << 16  # characters of a long text that are tokenised at a time
 
@@ -43,28 +47,44 @@ class TextPart(NamedTuple):
 
 
 def read_file(
-    path: Path, fmt: str = "auto", documents: str = "blank", on_bytes: OnBytes | None = None
+    path: Path,
+    fmt: str = "auto",
+    documents: str = "blank",
+    on_bytes: OnBytes | None = None,
+    mindformers: bool = False,
 ) -> tuple[str, Iterator[Record]]:
-    """``(format, records)`` of one file. A record's ``raw`` is a dict, or a :class:`TextPart` for text and wikitext.
+    """``(format, records)`` of one file. A record's ``raw`` is a dict, a :class:`TextPart` for text and wikitext, or a
+    place in the file for mindrecord.
 
     ``documents`` says what separates the documents of plain text: ``blank`` lines, every ``line``, or the ``file``.
-    ``on_bytes`` is told how much of the file has been read. Raises :class:`DataError` for an empty file, a shape that is not known, or (while reading) a damaged record.
+    ``on_bytes`` is told how much of the file has been read. With ``mindformers`` WikiText comes as its scripts cleaned it,
+    paragraph by paragraph. Raises :class:`DataError` for an empty file, a shape that is not known, or (while reading) a
+    damaged record.
     """
     for name, value, known in (("data.format", fmt, FORMATS), ("data.documents", documents, SEPARATORS)):
         if value not in known:
             raise ConfigError(f"{value!r} is not known", where=name, hint=did_you_mean(value, known))
     head = _head(path)
+    if is_mindrecord(head):
+        if fmt not in ("auto", "mindrecord"):
+            raise DataError(f"this is MindRecord, data.format={fmt} is not", where=path, hint="data.format=auto")
+        return "mindrecord", mindrecord_records(path, on_bytes)
+    if fmt == "mindrecord":
+        raise DataError("this is no MindRecord file", where=path, hint="data.format=auto")
     if head[:4] == b"PAR1":
-        records = _parquet_rows(path, on_bytes)
+        read = _parquet_rows
     elif _looks_like_json(path, head):
-        records = json_records(path, on_bytes)
+        read = json_records
     else:
-        return _plain(path, fmt, documents, head, on_bytes)
+        return _plain(path, fmt, documents, head, on_bytes, mindformers)
+    records = read(path, on_bytes)
     first = next(records, None)
     if first is None:
         raise DataError("the file holds no records", where=path)
     fmt, seen = _shape(first, records, fmt)
     records = chain(seen, records)
+    if fmt == "wikitext" and mindformers:
+        return fmt, _wikitext_stream(str(path), lambda counted: _text_rows(read(path, on_bytes if counted else None)))
     if fmt == "wikitext":
         return fmt, _wikitext_documents(str(path), _text_rows(records))
     if fmt == "text":
@@ -162,7 +182,9 @@ def _parquet_rows(path: Path, on_bytes: OnBytes | None) -> Iterator[Record]:
 # --- Text -------------------------------------------------------------------------------------------------------
 
 
-def _plain(path: Path, fmt: str, documents: str, head: bytes, on_bytes: OnBytes | None) -> tuple[str, Iterator[Record]]:
+def _plain(
+    path: Path, fmt: str, documents: str, head: bytes, on_bytes: OnBytes | None, mindformers: bool
+) -> tuple[str, Iterator[Record]]:
     if fmt not in ("auto", "text", "wikitext"):
         raise DataError(
             f"this is plain text, data.format={fmt} needs JSON or parquet", where=path, hint="data.format=text"
@@ -170,10 +192,13 @@ def _plain(path: Path, fmt: str, documents: str, head: bytes, on_bytes: OnBytes 
     quoted = re.match(rb'("\s*"\s*)*"\s*= [^=]', head.lstrip(_BLANK)) is not None
     titled = quoted or any(_TITLE.fullmatch(line) for line in head.decode("utf-8-sig", "replace").splitlines()[:3])
     if fmt == "wikitext" or (fmt == "auto" and titled):
-        lines = text_lines(path, on_bytes)
-        if head.lstrip(_BLANK).startswith(b'"'):
-            lines = _unquoted(path, lines)
-        return "wikitext", _wikitext_documents(str(path), lines)
+
+        def lines(counted: bool) -> Iterator[tuple[int, str]]:
+            found = text_lines(path, on_bytes if counted else None)
+            return _unquoted(path, found) if head.lstrip(_BLANK).startswith(b'"') else found
+
+        file = str(path)
+        return "wikitext", _wikitext_stream(file, lines) if mindformers else _wikitext_documents(file, lines(True))
     return "text", _plain_documents(path, documents, on_bytes)
 
 
@@ -194,6 +219,26 @@ def _wikitext_documents(file: str, lines: Iterator[tuple[int, str]]) -> Iterator
             blank = not line.strip()
 
     yield from _gather(file, marked())
+
+
+def _wikitext_stream(file: str, lines: Callable[[bool], Iterator[tuple[int, str]]]) -> Iterator[Record]:
+    """Paragraphs as the MindFormers scripts cleaned them. ``lines`` opens the file, and says whether progress counts."""
+
+    def pieces(counted: bool) -> Iterator[str]:
+        held, size = [], 0
+        for _, line in lines(counted):
+            held.append(line or "\n")  # an empty line that was quoted
+            size += len(line)
+            if size > PART:
+                yield "".join(held)
+                held, size = [], 0
+        yield "".join(held)
+
+    passes = iter((False, True))  # the file is gone over twice
+    number = 1
+    for paragraph in cleaned_paragraphs(lambda: pieces(next(passes)), PART, cut_text):
+        yield Record(Where(file, None, number), TextPart(*paragraph), len(paragraph.text))
+        number += paragraph.last
 
 
 def _gather(file: str, lines: Iterator[tuple[int, str, bool, bool]]) -> Iterator[Record]:

@@ -6,6 +6,7 @@ import codecs
 import glob
 import gzip
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from research.core.config.names import did_you_mean
 from research.core.errors import DataError
 
 BUILTIN = ("skills",)
-SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".tokens", ".raw")
+SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".tokens", ".raw", ".mindrecord")
+MINDRECORD = re.compile(r".+\.mindrecord\d*")  # the files of a set are numbered
 CHUNK = 1 << 20
 OnBytes = Callable[[int], None]
 RECORD_LIMIT = 8 << 20  # characters; a record larger than this is no training record, and would not fit in memory
@@ -40,7 +42,8 @@ class Where(NamedTuple):
 def expand_sources(source: str) -> list[str | Path]:
     """Built-in names and existing files of a comma-separated list of names, files, folders and globs.
 
-    Files of a folder or glob come in sorted order. Raises :class:`DataError` for what matches nothing.
+    Files of a folder or glob come in sorted order. One file of a MindRecord set, or the name they share, stands for the
+    whole set. Raises :class:`DataError` for what matches nothing, and for a MindRecord set with files missing.
     """
     found: list[str | Path] = []
     for item in (part.strip() for part in source.split(",")):
@@ -54,10 +57,15 @@ def expand_sources(source: str) -> list[str | Path]:
             if not files:
                 raise DataError("no data files in this folder", where=path, hint="files of type " + " ".join(SUFFIXES))
             found.extend(files)
+        elif _is_index(path):
+            raise DataError("this is the index of a MindRecord file", where=path, hint=str(path.with_suffix("")))
         elif path.is_file():
             found.append(path)
+        elif MINDRECORD.fullmatch(path.name) and path.with_name(f"{path.name}0").is_file():
+            found.append(path.with_name(f"{path.name}0"))
         elif glob.has_magic(item):
-            files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
+            names = glob.glob(str(path), recursive=True)
+            files = sorted(Path(p) for p in names if os.path.isfile(p) and not _is_index(Path(p)))
             if not files:
                 raise DataError("no file matches this pattern", where=item)
             found.extend(files)
@@ -65,7 +73,23 @@ def expand_sources(source: str) -> list[str | Path]:
             raise DataError("data source not found", where=item, hint=_suggest(path))
     if not found:
         raise DataError("no data source given", where="data.source", hint="DATA=<file, folder or glob> or DATA=skills")
-    return found
+    return _whole_sets(found)
+
+
+def _whole_sets(found: list[str | Path]) -> list[str | Path]:
+    """``found`` with every MindRecord file replaced by all files of its set, each set once."""
+    from research.core.data.mindrecord.source import complete_set  # which reads what this module finds
+
+    result: list[str | Path] = []
+    seen: set[Path] = set()
+    for source in found:
+        if not (isinstance(source, Path) and MINDRECORD.fullmatch(source.name)):
+            result.append(source)
+        elif source.resolve() not in seen:
+            files = complete_set(source)
+            seen.update(path.resolve() for path in files)
+            result.extend(files)
+    return result
 
 
 def source_bytes(sources: list[str | Path]) -> int:
@@ -75,7 +99,12 @@ def source_bytes(sources: list[str | Path]) -> int:
 
 def _has_known_suffix(path: Path) -> bool:
     name = path.name.removesuffix(".gz")
-    return not path.name.startswith(".") and name.endswith(SUFFIXES)
+    return not path.name.startswith(".") and (name.endswith(SUFFIXES) or MINDRECORD.fullmatch(path.name) is not None)
+
+
+def _is_index(path: Path) -> bool:
+    """Whether this is the index that lies beside a MindRecord file."""
+    return path.suffix == ".db" and MINDRECORD.fullmatch(path.stem) is not None
 
 
 def _suggest(path: Path) -> str:
