@@ -138,6 +138,8 @@ def print_audit(report: Report, console: Console) -> None:
     console.print(table)
     for note in report.notes:
         console.print(note, markup=False)
+    if not report.example:  # nothing was kept
+        return
 
     lengths = Table(title="\nTokens per document", title_justify="left", show_header=False, box=None)
     lengths.add_column(justify="right")

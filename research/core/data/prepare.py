@@ -98,7 +98,7 @@ def prepare_dataset(
     )
     encoder = Encoder(tokenizer, template, rules, system=cfg.system, allow_special=allow_special, seed=cfg.seed)
     report = Report(folder, [str(s) for s in sources], [], cfg.seq_length, cfg.supervise)
-    fits = Run(cfg.seq_length, family, tokenizer.fingerprint, any_labels=cfg.format == MINDRECORD_FORMAT)
+    fits = Run(cfg.seq_length, family, tokenizer.fingerprint, trusted=cfg.format == MINDRECORD_FORMAT)
     for source in sources:
         if isinstance(source, Path) and holds_mindrecord(source):
             report.notes += check_fits(source, fits)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from research.core.errors import DataError, UserError
+from research.core.errors import DataError, UserError, require_file
 from research.core.text.specials import END_OF_TEXT, FAMILY_SPECIALS, IM_END, IM_START
 from research.core.text.vocabulary import (
     CONFIG_FILE,
@@ -189,7 +189,7 @@ def load_tokenizer(folder: str | os.PathLike, family: str = "auto") -> Tokenizer
     elif kind == TOKENIZER_FILE:
         vocabulary = read_tokenizer_json(folder / TOKENIZER_FILE)
     else:
-        vocabulary = read_vocab_merges(folder, name)
+        vocabulary = read_vocab_merges(folder / VOCAB_FILE, folder / MERGES_FILE, name)
     template = _template_text(folder, fields)
     if isinstance(vocabulary, dict):
         return LibraryTokenizer(vocabulary, name, source=str(folder / kind), fields=fields, chat_template=template)
@@ -197,6 +197,22 @@ def load_tokenizer(folder: str | os.PathLike, family: str = "auto") -> Tokenizer
     if family == "auto" and "<tool_call>" in vocabulary.added:
         name = "qwen2_5"
     return ByteLevelTokenizer(vocabulary, name, chat_template=template)
+
+
+def tokenizer_of_files(
+    family: str, vocabulary: str | os.PathLike, merges: str | os.PathLike | None = None
+) -> Tokenizer:
+    """The tokenizer of files given one by one, whatever their names: of Qwen v1 its ``qwen.tiktoken``, of the later
+    families ``vocab.json`` and ``merges.txt``. A folder in place of the first is :func:`load_tokenizer`'s.
+    """
+    from research.core.text.bytelevel import ByteLevelTokenizer
+
+    if Path(vocabulary).expanduser().is_dir():
+        return load_tokenizer(vocabulary, family)
+    path = require_file(vocabulary, "vocabulary file")
+    if family == "qwen":
+        return ByteLevelTokenizer(read_tiktoken(path), family)
+    return ByteLevelTokenizer(read_vocab_merges(path, require_file(merges, "merges file"), family), family)
 
 
 def _kind(folder: Path, family: str) -> str | None:

@@ -136,13 +136,12 @@ def read_tiktoken(path: Path, family: str = "qwen") -> Vocabulary:
     return Vocabulary(tokens, added, nfc="text", source=str(path))
 
 
-def read_vocab_merges(folder: Path, family: str) -> Vocabulary:
-    """``vocab.json`` + ``merges.txt``, control tokens from the files beside them or, without such, the family's own."""
-    path = folder / VOCAB_FILE
+def read_vocab_merges(path: Path, merges_path: Path, family: str) -> Vocabulary:
+    """``vocab.json`` + ``merges.txt``, control tokens from the files beside the first or, without such, the family's own."""
     ids = read_json(path)
     if not isinstance(ids, dict) or not all(type(index) is int for index in ids.values()):
         raise DataError("not a JSON object of token: id", where=path, hint=_DAMAGED)
-    added = _listed_added(folder)
+    added = _listed_added(path.parent)
     if not added:
         if len(ids) != BASE_VOCAB:
             raise DataError(
@@ -153,7 +152,7 @@ def read_vocab_merges(folder: Path, family: str) -> Vocabulary:
             )
         names = FAMILY_SPECIALS[family]
         added = {name: Added(BASE_VOCAB + index, name not in VISIBLE) for index, name in enumerate(names)}
-    return assemble(ids, _read_merges(folder / MERGES_FILE), added, path, folder / MERGES_FILE)
+    return assemble(ids, _read_merges(merges_path), added, path, merges_path)
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:

@@ -14,16 +14,17 @@ from research.core.data.mindrecord.read import MindRecord, opened
 from research.core.data.sources import OnBytes, Where
 from research.core.errors import DataError
 
-_TOKENS_PER_CHARACTER = 8  # of a file's bytes: a guess that makes jobs of some 250 records
+_TRUST = "data.format=mindrecord if its tokens are this model's all the same"
+_BYTES_PER_CHARACTER = 8  # a guess that makes jobs of some 250 records
 
 
 class Run(NamedTuple):
-    """What a file has to fit. ``any_labels``: the user says that it is MindRecord, whatever its label column is called."""
+    """What a file has to fit. ``trusted``: the user says that its tokens are this model's, whatever it was made for."""
 
     seq_length: int
     family: str
     tokenizer: str  # fingerprint
-    any_labels: bool
+    trusted: bool
 
 
 def complete_set(path: Path) -> list[Path]:
@@ -63,20 +64,20 @@ def check_fits(path: Path, run: Run) -> list[str]:
             hint="a file of the documents' preprocess scripts, or of `make data` with data.mindrecord",
         )
     label, wanted = _label(file), label_column(run.family)
-    if label is not None and label != wanted and not run.any_labels:
+    if label is not None and label != wanted and not run.trusted:
         made_for = "Qwen v1" if label == LABELS[0] else "Qwen1.5 and later"
         raise DataError(
             f"the columns are {names}: made for {made_for}; {run.family} reads {wanted}",
             where=path,
-            hint=f"a MODEL of {made_for}, the file made with research/{run.family}/{run.family}_preprocess.py, or"
-            " data.format=mindrecord if its tokens are this model's all the same",
+            hint=f"a MODEL of {made_for}, the file made with research/{run.family}/{run.family}_preprocess.py, or {_TRUST}",
         )
     note = file.note
-    if note is not None and note.tokenizer != run.tokenizer:
+    if note is not None and note.tokenizer != run.tokenizer and not run.trusted:
         raise DataError(
             f"made with another vocabulary ({note.tokenizer[:12]}, the model's is {run.tokenizer[:12]})",
             where=path,
-            hint=f"MODEL and TOKENIZER that it was made for (family {note.family}), or make it again for this model",
+            hint=f"the MODEL and TOKENIZER that it was made for (family {note.family}), the file made again for this model,"
+            f" or {_TRUST}",
         )
     first = next(file.index(), None)
     if first is None:
@@ -97,7 +98,7 @@ def check_fits(path: Path, run: Run) -> list[str]:
 def mindrecord_records(path: Path, on_bytes: OnBytes | None = None) -> Iterator[Record]:
     """A :class:`Record` per row whose ``raw`` says where the row lies; :func:`read_document` reads it, in a worker."""
     for number, row in enumerate(opened(path).index(), 1):
-        yield Record(Where(str(path), None, number), row, (row.stop - row.start) // _TOKENS_PER_CHARACTER)
+        yield Record(Where(str(path), None, number), row, (row.stop - row.start) // _BYTES_PER_CHARACTER)
         if on_bytes is not None and number % 64 == 0:
             on_bytes(row.stop)
 

@@ -1,0 +1,14 @@
+"""Alpaca records to JSON Lines of messages with a system turn: --data_path --output_path."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from research.core.errors import run_cli
+from research.tasks.preprocess_scripts import chatml_alpaca
+
+if __name__ == "__main__":
+    sys.exit(run_cli(chatml_alpaca))
