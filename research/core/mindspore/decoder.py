@@ -9,8 +9,9 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import nn, ops
 
+from research.core.mindspore import native
 from research.core.mindspore.attention import bias_of, visible
-from research.core.mindspore.fused import use_fused
+from research.core.mindspore.fused import choose_kernels
 from research.core.mindspore.layers import DecoderLayer, RMSNorm
 from research.core.mindspore.linear import Linear, zeros
 from research.core.mindspore.rotary import Rotary
@@ -31,11 +32,11 @@ class Embedding(nn.Cell):
 class DecoderModel(nn.Cell):
     """Embedding, layers and final norm: the part that Hugging Face calls ``model``."""
 
-    def __init__(self, spec: DecoderSpec, dtype, ascend: bool):
+    def __init__(self, spec: DecoderSpec, dtype, kernels: str):
         super().__init__()
         self.embed_tokens = Embedding(spec.vocab, spec.hidden, dtype)
-        self.layers = nn.CellList([DecoderLayer(spec, layer, dtype, ascend) for layer in range(spec.layers)])
-        self.norm = RMSNorm(spec.hidden, spec.norm_eps, dtype, ascend)
+        self.layers = nn.CellList([DecoderLayer(spec, layer, dtype, kernels) for layer in range(spec.layers)])
+        self.norm = RMSNorm(spec.hidden, spec.norm_eps, dtype, kernels)
 
 
 class Decoder(nn.Cell):
@@ -46,15 +47,16 @@ class Decoder(nn.Cell):
     """
 
     def __init__(
-        self, spec: DecoderSpec, dtype=ms.float32, *, head: bool = True, block: int | None = None, fused: str = "auto"
+        self, spec: DecoderSpec, dtype=ms.float32, *, head: bool = True, block: int | None = None, kernels: str = "auto"
     ):
         """``head=False`` leaves out the output matrix (embedding models). ``block``: static hint for packed rows, no
-        document is longer (:func:`research.core.mindspore.layout.choose_block`). ``fused``: the switch of
-        :func:`research.core.mindspore.fused.use_fused`."""
+        document is longer (:func:`research.core.mindspore.layout.choose_block`). ``kernels``: the
+        switch of :func:`research.core.mindspore.fused.choose_kernels`."""
         super().__init__()
         self.spec, self.dtype, self.block = spec, dtype, block
-        self.ascend = use_fused(fused)
-        self.model = DecoderModel(spec, dtype, self.ascend)
+        self.kernels = choose_kernels(kernels, dtype)
+        self.by_runs = self.kernels == "native" and native.attends(spec.head_dim)
+        self.model = DecoderModel(spec, dtype, self.kernels)
         self.tied, self.has_head = spec.tied, head
         self.lm_head = Linear(spec.hidden, spec.vocab, False, dtype) if head and not spec.tied else None
         self.rotary = Rotary(spec)
@@ -78,33 +80,35 @@ class Decoder(nn.Cell):
         if position_ids is None:
             position_ids = ops.arange(time).astype(ms.int32).expand_dims(0)
         block = None if doc_ids is None else self.block
-        full, sliding = self.masks(doc_ids, time, block, ends)
+        full = self.seen(doc_ids, batch, time, block, ends, None) if self.any_full else None
+        sliding = self.seen(doc_ids, batch, time, block, ends, self.window) if self.any_sliding else None
         real_N = None if doc_ids is None else (doc_ids != 0).astype(ms.float32).reshape(-1)
         tables = self.rotary(position_ids, rope_base, self.dtype)
         x_NH = self.model.embed_tokens(input_ids.reshape(-1))
         keys, values, counts = (), (), None
         for n, layer in enumerate(self.model.layers):
-            mask = sliding if self.sliding[n] else full
-            x_NH, k, v, sent = layer(x_NH, tables, batch, time, block, mask, ends, real_N)
+            seen = sliding if self.sliding[n] else full
+            x_NH, k, v, sent = layer(x_NH, tables, batch, time, block, seen, real_N)
             keys, values = keys + (k,), values + (v,)
             if sent is not None:
                 counts = sent if counts is None else counts + sent
         return self.model.norm(x_NH), keys, values, counts
 
-    def masks(self, doc_ids, time: int, block, ends):
-        """-> what the full layers and what the sliding layers see, as attention takes it."""
-        full, sliding = None, None
-        if self.ascend and (ends is not None or doc_ids is None):
-            return full, sliding  # the operator has a mask of its own for these
-        if self.any_full:
-            full = visible(doc_ids, time, block, self.causal, None)
-        if self.any_sliding:
-            sliding = visible(doc_ids, time, block, self.causal, self.window)
-        if self.ascend:
-            full = None if full is None else full.expand_dims(1)
-            sliding = None if sliding is None else sliding.expand_dims(1)
-            return full, sliding
-        return bias_of(full), bias_of(sliding)
+    def seen(self, doc_ids, batch: int, time: int, block, ends, window):
+        """What one kind of layer sees, as its attention takes it: (mask, ends, documents), each None where not needed.
+
+        ``documents`` for the CPU kernel, which knows no window: only where none can cut a document. ``ends`` for
+        Ascend's operator; ``mask`` for the others: what is visible for Ascend's, the scores' bias for the composite.
+        """
+        longest = time if block is None else block
+        if self.by_runs and (window is None or window >= longest):
+            return None, None, ops.ones((batch, time), ms.int32) if doc_ids is None else doc_ids.astype(ms.int32)
+        if self.kernels == "ascend" and (ends is not None or doc_ids is None):
+            return None, ends, None
+        shown = visible(doc_ids, time, block, self.causal, window)
+        if self.kernels == "ascend":
+            return shown.expand_dims(1), None, None
+        return bias_of(shown), None, None
 
     def head_weight(self):
         """The output matrix [V, H]; the embedding's where the spec ties them."""

@@ -1,6 +1,6 @@
-"""Ascend's fused operators: the one file that calls them, and the one switch that says whether they are used.
+"""Ascend's fused operators: the one file that calls them, and the one switch that says which kernels are used.
 
-NOT RUN HERE: no NPU was at hand, and the CPU has none of these operators. The arguments follow the operators' published
+NOT RUN HERE: no NPU was at hand, and MindSpore's CPU package has none of these operators. The arguments follow the operators' published
 description; tests check them against stand-ins that compute that description. Everywhere else the decoder computes
 with composites of plain operators, which stand beside each call.
 
@@ -17,20 +17,35 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from research.core.errors import ConfigError
-from research.core.mindspore import runtime
+from research.core.mindspore import native, runtime
 
-CHOICES = ("auto", "ascend", "composite")
+KINDS = ("ascend", "native", "composite")
 # The compressed causal mask that sparse modes 2, 3 and 4 read has this size whatever the lengths.
 MASK_SIZE = 2048
 DEFAULT_MASK, LEFT_UP_CAUSAL, RIGHT_DOWN_CAUSAL, BAND = 0, 2, 3, 4
 MAX_DOCUMENTS = 1024  # of one TND call
 
 
-def use_fused(choice: str = "auto") -> bool:
-    """The switch: ``auto`` follows the device, ``ascend`` and ``composite`` (for tests) force one."""
-    if choice not in CHOICES:
-        raise ConfigError(f"{choice!r} is not one of {', '.join(CHOICES)}", where="fused operators")
-    return runtime.fused_by_default() if choice == "auto" else choice == "ascend"
+def choose_kernels(choice: str = "auto", dtype=ms.float32) -> str:
+    """The switch: which operators a decoder of ``dtype`` is built with.
+
+    ``ascend``: the fused operators of this file; ``native``: this repository's CPU kernels
+    (:mod:`research.core.mindspore.native`); ``composite``: plain operators only, which every device has and every MINDIR
+    runtime knows. ``auto`` follows the device. Raises :class:`ConfigError` for another name, or native where there is no
+    compiler or another dtype.
+    """
+    if choice not in ("auto", *KINDS):
+        raise ConfigError(f"{choice!r} is not one of auto, {', '.join(KINDS)}", where="kernels")
+    if choice == "auto" and runtime.on_ascend():
+        return "ascend"
+    if choice in ("auto", "native"):
+        if dtype == ms.float32 and native.available():
+            native.use_threads(runtime.threads())
+            return "native"
+        if choice == "native":
+            raise ConfigError("the CPU kernels need float32 and a C++ compiler", where="kernels=native", hint="auto")
+        return "composite"
+    return choice
 
 
 @functools.cache

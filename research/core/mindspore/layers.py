@@ -8,7 +8,7 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import nn, ops
 
-from research.core.mindspore import fused
+from research.core.mindspore import fused, native
 from research.core.mindspore.attention import attend, attend_heads, in_blocks
 from research.core.mindspore.linear import MLP, Linear, ones
 from research.core.mindspore.moe import SparseMLP
@@ -19,14 +19,18 @@ from research.core.spec import DecoderSpec
 class RMSNorm(nn.Cell):
     """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467); float32 inside, the weight applied after rounding."""
 
-    def __init__(self, hidden: int, eps: float, dtype, ascend: bool):
+    def __init__(self, hidden: int, eps: float, dtype, kernels: str):
         super().__init__()
         self.weight = ones((hidden,), dtype)
-        self.eps, self.ascend = eps, ascend
+        self.eps, self.kernels = eps, kernels
+        if kernels == "native":
+            self.norm, self.epsilon = native.rms_norm(), native.epsilon(eps)
 
     def construct(self, x):
-        if self.ascend:
+        if self.kernels == "ascend":
             return fused.rms_norm(x, self.weight, self.eps)
+        if self.kernels == "native":
+            return self.norm(x, self.weight, self.epsilon)[0]
         wide = x.astype(ms.float32)
         wide = wide * ops.rsqrt(ops.mean(ops.square(wide), -1, True) + self.eps)
         return self.weight * wide.astype(x.dtype)
@@ -35,18 +39,20 @@ class RMSNorm(nn.Cell):
 class Attention(nn.Cell):
     """Grouped-query self-attention with rotary positions."""
 
-    def __init__(self, spec: DecoderSpec, layer: int, dtype, ascend: bool):
+    def __init__(self, spec: DecoderSpec, layer: int, dtype, kernels: str):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = spec.heads, spec.kv_heads, spec.head_dim
         self.share = spec.heads // spec.kv_heads
         self.window = spec.sliding_window if layer in spec.sliding_layers else None
-        self.causal, self.ascend = spec.causal, ascend
+        self.causal, self.kernels = spec.causal, kernels
         q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         self.q_proj = Linear(spec.hidden, q, spec.qkv_bias, dtype)
         self.k_proj = Linear(spec.hidden, kv, spec.qkv_bias, dtype)
         self.v_proj = Linear(spec.hidden, kv, spec.qkv_bias, dtype)
         self.o_proj = Linear(q, spec.hidden, False, dtype)
         self.write = ops.TensorScatterUpdate()
+        if kernels == "native":
+            self.turn, self.attention = native.rotary(), native.attention(spec.causal)
 
     def project(self, x_NH, tables, batch: int, time: int):
         """-> queries [B, T, H, D] (turned and scaled), keys and values [B, T, K, D]."""
@@ -54,19 +60,29 @@ class Attention(nn.Cell):
         q = self.q_proj(x_NH).reshape(batch, time, self.heads, self.head_dim)
         k = self.k_proj(x_NH).reshape(batch, time, self.kv_heads, self.head_dim)
         v = self.v_proj(x_NH).reshape(batch, time, self.kv_heads, self.head_dim)
-        return apply_rotary(q, q_cos, q_sin, self.ascend), apply_rotary(k, cos, sin, self.ascend), v
+        return self.rotate(q, q_cos, q_sin), self.rotate(k, cos, sin), v
 
-    def construct(self, x_NH, tables, batch: int, time: int, block, mask, ends):
-        """-> (output [N, H], keys, values [B, T, K, D]). ``mask``: the bias of the composite, or on Ascend what is
-        visible; ``ends``: see :func:`research.core.mindspore.fused.flash_attention`."""
+    def rotate(self, x_BTHD, cos, sin):
+        if self.kernels == "ascend":
+            return fused.rotary(x_BTHD, cos, sin)
+        if self.kernels == "native":
+            return self.turn(x_BTHD, cos, sin)
+        return apply_rotary(x_BTHD, cos, sin)
+
+    def construct(self, x_NH, tables, batch: int, time: int, block, seen):
+        """-> (output [N, H], keys, values [B, T, K, D]). ``seen`` = (mask, ends, documents) of :meth:`Decoder.seen`."""
+        mask, ends, documents = seen
         q, keys, values = self.project(x_NH, tables, batch, time)
         k, v = keys, values
-        if block is not None:
-            q, k, v = in_blocks(q, k, v, block)
-        if self.ascend:
-            out = fused.flash_attention(q, k, v, mask, ends, self.causal, self.window)
+        if documents is not None:
+            out = self.attention(q, k, v, documents)[0]
         else:
-            out = attend(q, k, v, mask)
+            if block is not None:
+                q, k, v = in_blocks(q, k, v, block)
+            if self.kernels == "ascend":
+                out = fused.flash_attention(q, k, v, mask, ends, self.causal, self.window)
+            else:
+                out = attend(q, k, v, mask)
         return self.o_proj(out.reshape(batch * time, self.heads * self.head_dim)), keys, values
 
     def step(self, x_BH, tables, slots, positions_B, shown_BS, bias, k_BKSD, v_BKSD):
@@ -76,7 +92,7 @@ class Attention(nn.Cell):
         q, k, v = self.project(x_BH, tables, batch, 1)
         k_BKSD = self.write(k_BKSD, slots, k.reshape(batch, self.kv_heads, self.head_dim).astype(k_BKSD.dtype))
         v_BKSD = self.write(v_BKSD, slots, v.reshape(batch, self.kv_heads, self.head_dim).astype(v_BKSD.dtype))
-        if self.ascend:
+        if self.kernels == "ascend":
             q = q.reshape(batch, self.heads, self.head_dim)
             out = fused.incre_attention(q, k_BKSD, v_BKSD, positions_B, shown_BS)
         else:
@@ -88,17 +104,17 @@ class Attention(nn.Cell):
 class DecoderLayer(nn.Cell):
     """Pre-norm attention and feed-forward (dense or mixture of experts) around a residual stream."""
 
-    def __init__(self, spec: DecoderSpec, layer: int, dtype, ascend: bool):
+    def __init__(self, spec: DecoderSpec, layer: int, dtype, kernels: str):
         super().__init__()
         self.sparse = spec.is_sparse(layer)
-        self.self_attn = Attention(spec, layer, dtype, ascend)
-        self.mlp = SparseMLP(spec, dtype, ascend) if self.sparse else MLP(spec.hidden, spec.ffn, dtype, ascend)
-        self.input_layernorm = RMSNorm(spec.hidden, spec.norm_eps, dtype, ascend)
-        self.post_attention_layernorm = RMSNorm(spec.hidden, spec.norm_eps, dtype, ascend)
+        self.self_attn = Attention(spec, layer, dtype, kernels)
+        self.mlp = SparseMLP(spec, dtype, kernels) if self.sparse else MLP(spec.hidden, spec.ffn, dtype, kernels)
+        self.input_layernorm = RMSNorm(spec.hidden, spec.norm_eps, dtype, kernels)
+        self.post_attention_layernorm = RMSNorm(spec.hidden, spec.norm_eps, dtype, kernels)
 
-    def construct(self, x_NH, tables, batch: int, time: int, block, mask, ends, real_N):
+    def construct(self, x_NH, tables, batch: int, time: int, block, seen, real_N):
         """-> (residual stream [N, H], keys, values [B, T, K, D], router counts [2, E] or None)."""
-        mixed, keys, values = self.self_attn(self.input_layernorm(x_NH), tables, batch, time, block, mask, ends)
+        mixed, keys, values = self.self_attn(self.input_layernorm(x_NH), tables, batch, time, block, seen)
         x_NH, counts = self.feed_forward(x_NH + mixed, real_N)
         return x_NH, keys, values, counts
 

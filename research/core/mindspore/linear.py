@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import One, Zero
 
-from research.core.mindspore import fused
+from research.core.mindspore import fused, native
 
 
 def zeros(shape: tuple[int, ...], dtype, name: str = "weight") -> Parameter:
@@ -37,13 +37,20 @@ class Linear(nn.Cell):
 class MLP(nn.Cell):
     """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, hidden: int, ffn: int, dtype, ascend: bool):
+    def __init__(self, hidden: int, ffn: int, dtype, kernels: str):
         super().__init__()
         self.gate_proj = Linear(hidden, ffn, False, dtype)
         self.up_proj = Linear(hidden, ffn, False, dtype)
         self.down_proj = Linear(ffn, hidden, False, dtype)
-        self.ascend = ascend
+        self.kernels = kernels
+        self.swiglu = native.swiglu() if kernels == "native" else None
 
     def construct(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(fused.swiglu(gate, up) if self.ascend else ops.silu(gate) * up)
+        if self.kernels == "ascend":
+            inner = fused.swiglu(gate, up)
+        elif self.kernels == "native":
+            inner = self.swiglu(gate, up)
+        else:
+            inner = ops.silu(gate) * up
+        return self.down_proj(inner)

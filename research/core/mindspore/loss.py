@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import nn, ops
 
 from research.core.errors import ConfigError
+from research.core.mindspore import native
 from research.core.mindspore.decoder import Decoder
 from research.core.mindspore.moe import balance_loss
 
@@ -41,9 +42,10 @@ class LinearCrossEntropy(nn.Cell):
     logits are there (as :mod:`research.core.torch.loss` does). Matmuls in the inputs' dtype, softmax in float32.
     """
 
-    def __init__(self, chunk: int):
+    def __init__(self, chunk: int, kernels: str = "composite"):
         super().__init__()
-        self.chunk = chunk
+        self.chunk, self.native = chunk, kernels == "native"
+        self.kernel = native.cross_entropy() if self.native else None
         self.logits = ops.MatMul(transpose_b=True)
         self.to_weight = ops.MatMul(transpose_a=True)
         self.largest = ops.ArgMaxWithValue(axis=1, keep_dims=True)
@@ -59,6 +61,9 @@ class LinearCrossEntropy(nn.Cell):
         return total, grads[0] if len(grads) == 1 else ops.cat(grads, 0), grad_weight
 
     def one(self, hidden_CH, weight_VH, targets_C):
+        if self.native:
+            losses_C, grad_CV = self.kernel(self.logits(hidden_CH, weight_VH), targets_C)
+            return losses_C.sum(), ops.matmul(grad_CV, weight_VH), self.to_weight(grad_CV, hidden_CH)
         counted_C1 = (targets_C != IGNORED).astype(ms.float32).expand_dims(1)
         targets_C = ops.maximum(targets_C, 0)
         logits_CV = self.logits(hidden_CH, weight_VH).astype(ms.float32)
@@ -92,7 +97,7 @@ class Objective(nn.Cell):
         super().__init__(auto_prefix=False)  # parameters keep their names
         self.decoder, self.router = decoder, router and decoder.sparse
         self.sparse_layers = sum(layer.sparse for layer in decoder.model.layers)
-        self.loss = LinearCrossEntropy(head_chunk)
+        self.loss = LinearCrossEntropy(head_chunk, decoder.kernels)
 
     def construct(self, input_ids, position_ids, doc_ids, where, targets, ends=None):
         """[B, T] three times and [M] twice (:func:`shifted_targets`), int32 -> (sum of the cross-entropies, router

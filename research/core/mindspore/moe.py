@@ -13,7 +13,7 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import nn, ops
 
-from research.core.mindspore import fused
+from research.core.mindspore import fused, native
 from research.core.mindspore.linear import MLP, Linear, zeros
 from research.core.spec import DecoderSpec
 
@@ -41,11 +41,12 @@ def sort_pairs(chosen_NC, experts: int):
 class Experts(nn.Cell):
     """All experts' weights in two tensors: ``gate_up_proj`` [E, 2F, H] (gate rows first), ``down_proj`` [E, H, F]."""
 
-    def __init__(self, experts: int, hidden: int, ffn: int, dtype, ascend: bool):
+    def __init__(self, experts: int, hidden: int, ffn: int, dtype, kernels: str):
         super().__init__()
         self.gate_up_proj = zeros((experts, 2 * ffn, hidden), dtype, "gate_up_proj")
         self.down_proj = zeros((experts, hidden, ffn), dtype, "down_proj")
-        self.count, self.ffn, self.ascend = experts, ffn, ascend
+        self.count, self.ffn, self.kernels = experts, ffn, kernels
+        self.swiglu = native.swiglu() if kernels == "native" else None
         self.matmul = ops.BatchMatMul(transpose_b=True)
         self.scatter = ops.TensorScatterUpdate()
 
@@ -54,7 +55,7 @@ class Experts(nn.Cell):
         share = chosen_NC.shape[1]
         order_P, owner_P, counts_E = sort_pairs(chosen_NC, self.count)
         ends_E = ops.cumsum(counts_E, 0)
-        if self.ascend:
+        if self.kernels == "ascend":
             gate_up = fused.grouped_linear(ops.gather(x_NH, order_P // share, 0), self.gate_up_proj, ends_E)
             inner = fused.swiglu(gate_up[:, : self.ffn], gate_up[:, self.ffn :])
             back_P = self.place(order_P, ops.arange(order_P.shape[0]).astype(ms.int32), order_P.shape[0])
@@ -76,7 +77,8 @@ class Experts(nn.Cell):
         owner_Q = ops.minimum(owner_Q.sum(1), self.count - 1)
         x_QMH = ops.gather(x_NH, token, 0).reshape(blocks, rows, -1)
         gate_up = self.matmul(x_QMH, ops.gather(self.gate_up_proj, owner_Q, 0))
-        inner = ops.silu(gate_up[:, :, : self.ffn]) * gate_up[:, :, self.ffn :]
+        gate, up = gate_up[:, :, : self.ffn], gate_up[:, :, self.ffn :]
+        inner = self.swiglu(gate, up) if self.kernels == "native" else ops.silu(gate) * up
         y_QMH = self.matmul(inner, ops.gather(self.down_proj, owner_Q, 0))
         return ops.gather(y_QMH.reshape(blocks * rows, -1), self.place(order_P, slot_P, pairs), 0)
 
@@ -88,13 +90,13 @@ class Experts(nn.Cell):
 class SparseMLP(nn.Cell):
     """Qwen2-MoE's feed-forward: softmax router in fp32, top-k experts, and a shared expert behind a sigmoid gate."""
 
-    def __init__(self, spec: DecoderSpec, dtype, ascend: bool):
+    def __init__(self, spec: DecoderSpec, dtype, kernels: str):
         super().__init__()
         moe = spec.moe
         self.count, self.top_k, self.norm_topk = moe.experts, moe.top_k, moe.norm_topk
         self.gate = Linear(spec.hidden, moe.experts, False, dtype)
-        self.experts = Experts(moe.experts, spec.hidden, moe.expert_ffn, dtype, ascend)
-        self.shared_expert = MLP(spec.hidden, moe.shared_ffn, dtype, ascend)
+        self.experts = Experts(moe.experts, spec.hidden, moe.expert_ffn, dtype, kernels)
+        self.shared_expert = MLP(spec.hidden, moe.shared_ffn, dtype, kernels)
         self.shared_expert_gate = Linear(spec.hidden, 1, False, dtype)
 
     def construct(self, x_NH, real_N=None):

@@ -13,7 +13,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from research.core.mindspore import fused
 from research.core.spec import DecoderSpec, RopeScaling
 
 
@@ -56,10 +55,8 @@ class Rotary(nn.Cell):
         return (cos.expand_dims(2), sin.expand_dims(2)), (q_cos.expand_dims(2), q_sin.expand_dims(2))
 
 
-def apply_rotary(x_BTHD, cos, sin, ascend: bool):
+def apply_rotary(x_BTHD, cos, sin):
     """Rotate the pairs (i, i + D/2). Tables in float32 on a bf16 ``x`` compute in float32 and round once."""
-    if ascend:
-        return fused.rotary(x_BTHD, cos, sin)
     half = x_BTHD.shape[-1] // 2
     first, second = x_BTHD[..., :half], x_BTHD[..., half:]
     return ops.cat((first * cos - second * sin, second * cos + first * sin), -1).astype(x_BTHD.dtype)

@@ -80,9 +80,14 @@ def start(
     return wanted
 
 
-def fused_by_default() -> bool:
-    """Whether Ascend's fused operators are there to be used: the device that :func:`start` chose, CPU before it."""
+def on_ascend() -> bool:
+    """Whether :func:`start` chose an NPU; False before it."""
     return _started is not None and _started.target == "Ascend"
+
+
+def threads() -> int:
+    """CPU threads that :func:`start` gave this process."""
+    return _cores(1) if _started is None else _started.threads
 
 
 def _target(kind: str) -> str:

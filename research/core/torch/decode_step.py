@@ -1,7 +1,7 @@
 """The decode step as one native call: for a dense decoder on the CPU, every kernel of a token in a single parallel region.
 
 Layer by layer, a token of a small model costs as much in operator calls as in memory traffic. The kernel
-(native/decode_step.cpp) reads the decoder's own parameters where they lie; nothing is copied or repacked.
+(research/core/native/decode_step.cpp) reads the decoder's own parameters where they lie; nothing is copied or repacked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from research.core.torch.cache import KVCache
 from research.core.torch.decoder import Decoder
 from research.core.torch.layers import MLP, RMSNorm
 from research.core.torch.layout import Layout
-from research.core.torch.native.build import library
+from research.core.native.build import library
 from research.core.torch.packed_linear import Linear
 
 MOST_ROWS = 8

@@ -15,7 +15,7 @@ from research.core.torch.decode_step import MOST_ROWS, DecodeStep
 from research.core.torch.decoder import Decoder
 from research.core.torch.generate import Runner
 from research.core.torch.lora import add_lora
-from research.core.torch.native.build import library
+from research.core.native.build import library
 
 # Sizes that are no multiples of the vector width, and three query heads per kv head.
 BASE = DecoderSpec(

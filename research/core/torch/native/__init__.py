@@ -1,1 +1,1 @@
-"""CPU kernels of this repository, compiled on first use; every caller has a plain torch path beside them."""
+"""The CPU kernels of research/core/native as torch operators."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from research.core.torch.native.build import library
+from research.core.native.build import library
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _HEAD_DIM_STEP = 16  # the widest register, in floats

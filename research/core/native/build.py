@@ -2,7 +2,7 @@
 
 The library is cached under ``$QWEN_CACHE`` (default: ``.cache`` in the repository), named by a hash of sources, flags,
 compiler and processor, and appears there complete or not at all, so processes may build at the same time. Without a
-compiler the caller gets None, the reason is logged once, and torch's own operators are used. ``QWEN_NATIVE=0``
+compiler the caller gets None, the reason is logged once, and plain operators are used. ``QWEN_NATIVE=0``
 switches the kernels off.
 """
 
@@ -36,6 +36,7 @@ _SIGNATURES = {
     "attention_backward": "illllppifpppppppppi",
     "cross_entropy": "illpppii",
     "linear_rows": "illlppppi",
+    "set_custom_threads": "i",
     "decode_step": "ipfppppppppppi",
 }
 _TYPES = {"i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
@@ -44,22 +45,37 @@ _TYPES = {"i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "p": ctyp
 @cache
 def library() -> ctypes.CDLL | None:
     """The loaded kernels, or None where they cannot be built. Takes some seconds the first time on a machine."""
-    if os.environ.get("QWEN_NATIVE") == "0":
+    found = _loaded()
+    if found is None:
         return None
-    compiler = _compiler()
-    if compiler is None:
-        _log.warning("no C++ compiler (g++): torch's own CPU operators are used, which are slower")
-        return None
-    try:
-        kernels = ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.SubprocessError) as bad:
-        detail = getattr(bad, "stderr", None) or str(bad)
-        _log.warning("CPU kernels were not built (%s): torch's own operators are used", detail.strip()[-400:])
-        return None
+    kernels, _ = found
     for name, signature in _SIGNATURES.items():
         function = getattr(kernels, name)
         function.argtypes, function.restype = [_TYPES[letter] for letter in signature], None
     return kernels
+
+
+def library_file() -> Path | None:
+    """The file of the loaded kernels, for frameworks that load by file and symbol; None where they cannot be built."""
+    found = _loaded()
+    return None if found is None else found[1]
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL, Path] | None:
+    if os.environ.get("QWEN_NATIVE") == "0":
+        return None
+    compiler = _compiler()
+    if compiler is None:
+        _log.warning("no C++ compiler (g++): plain operators are used, which are slower")
+        return None
+    try:
+        path = _built(compiler)
+        return ctypes.CDLL(str(path)), path
+    except (OSError, subprocess.SubprocessError) as bad:
+        detail = getattr(bad, "stderr", None) or str(bad)
+        _log.warning("CPU kernels were not built (%s): plain operators are used", detail.strip()[-400:])
+        return None
 
 
 def _compiler() -> str | None:
@@ -68,7 +84,7 @@ def _compiler() -> str | None:
 
 def cache_folder() -> Path:
     """Where compiled kernels are kept."""
-    return Path(os.environ.get("QWEN_CACHE") or _HERE.parents[3] / ".cache") / "native"
+    return Path(os.environ.get("QWEN_CACHE") or _HERE.parents[2] / ".cache") / "native"
 
 
 def _built(compiler: str) -> Path:

@@ -1,0 +1,149 @@
+// The kernels as MindSpore's ahead-of-time custom operators (float32): every entry point has the signature
+//   (number of tensors, their data, their ranks, their shapes, their dtypes, stream, extra), inputs before outputs,
+// and returns 0. Sizes come from the shapes; settings come as one-element tensors.
+#include <omp.h>
+
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+int wanted_threads = 0;
+
+struct Call {
+    void** data;
+    int* ranks;
+    int64_t** shapes;
+
+    template <class T = float>
+    T* at(int i) const {
+        return (T*)data[i];
+    }
+    int64_t size(int i, int axis) const { return shapes[i][axis < 0 ? ranks[i] + axis : axis]; }
+    int64_t elements(int i) const {
+        int64_t n = 1;
+        for (int a = 0; a < ranks[i]; a++) n *= shapes[i][a];
+        return n;
+    }
+};
+
+int threads(int64_t elements) {
+    if (elements < 16384) return 1;
+    return wanted_threads > 0 ? wanted_threads : omp_get_max_threads();
+}
+
+// Runs of one document number in doc_ids [B, T]; 0 belongs to none.
+struct Runs {
+    std::vector<int64_t> begins, lengths;
+
+    Runs(const int32_t* ids, int64_t batch, int64_t time) {
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t t = 0; t < time;) {
+                const int32_t number = ids[b * time + t];
+                const int64_t first = t;
+                while (t < time && ids[b * time + t] == number) t++;
+                if (number == 0) continue;
+                begins.push_back(b * time + first);
+                lengths.push_back(t - first);
+            }
+    }
+};
+
+// q [B, T, H, D], k and v [B, T, K, D], doc_ids int32 [B, T] -> out as q, lse [B, T, H]
+int attend(const Call& c, bool causal) {
+    const Runs runs(c.at<int32_t>(3), c.size(3, 0), c.size(3, 1));
+    memset(c.data[4], 0, c.elements(4) * sizeof(float));
+    attention_forward(0, runs.begins.size(), c.size(0, 2), c.size(1, 2), c.size(0, 3), runs.begins.data(),
+                      runs.lengths.data(), causal, 1.f, c.at(0), c.at(1), c.at(2), c.at(4), c.at(5),
+                      threads(c.elements(0)));
+    return 0;
+}
+
+// q, k, v, doc_ids, out, lse, gradient of out -> gradients of q, k, v
+int attend_back(const Call& c, bool causal) {
+    const Runs runs(c.at<int32_t>(3), c.size(3, 0), c.size(3, 1));
+    for (int i = 7; i < 10; i++) memset(c.data[i], 0, c.elements(i) * sizeof(float));
+    attention_backward(0, runs.begins.size(), c.size(0, 2), c.size(1, 2), c.size(0, 3), runs.begins.data(),
+                       runs.lengths.data(), causal, 1.f, c.at(0), c.at(1), c.at(2), c.at(4), c.at(5), c.at(6),
+                       c.at(7), c.at(8), c.at(9), threads(c.elements(0)));
+    return 0;
+}
+
+// x [B, T, H, D], cos and sin [B or 1, T, 1, D/2] -> out
+int turn(const Call& c, float direction) {
+    const int64_t dim = c.size(0, 3);
+    rotary(0, 0, c.size(0, 0) * c.size(0, 1), c.size(0, 2), dim, c.elements(1) / (dim / 2), c.at(0), c.at(1), c.at(2),
+           c.at(3), direction, threads(c.elements(0)));
+    return 0;
+}
+
+}  // namespace
+
+#define OPERATOR(name)                                                                                        \
+    static int name##_body(const Call& c);                                                                    \
+    extern "C" int name(int, void** data, int* ranks, int64_t** shapes, const char**, void*, void*) {         \
+        return name##_body({data, ranks, shapes});                                                            \
+    }                                                                                                         \
+    static int name##_body(const Call& c)
+
+extern "C" void set_custom_threads(int count) { wanted_threads = count; }
+
+// x [.., W], weight [W], eps [1] -> y, scale [..]
+OPERATOR(custom_rms_norm) {
+    const int64_t width = c.size(0, -1), rows = c.elements(0) / width;
+    rms_norm_forward(0, rows, width, *c.at(2), c.at(0), c.at(1), c.at(3), c.at(4), threads(c.elements(0)));
+    return 0;
+}
+
+// x, weight, scale, gradient of y -> gradients of x and weight
+OPERATOR(custom_rms_norm_back) {
+    const int64_t width = c.size(0, -1), rows = c.elements(0) / width;
+    const int count = threads(c.elements(0));
+    std::vector<float> partial(count * width);
+    rms_norm_backward(0, rows, width, c.at(0), c.at(1), c.at(2), c.at(3), c.at(4), partial.data(), count);
+    float* total = c.at(5);
+    memset(total, 0, width * sizeof(float));
+    for (int t = 0; t < count; t++)
+        for (int64_t i = 0; i < width; i++) total[i] += partial[t * width + i];
+    return 0;
+}
+
+// gate, up -> out
+OPERATOR(custom_swiglu) {
+    swiglu_forward(0, c.elements(0), c.at(0), c.at(1), c.at(2), threads(c.elements(0)));
+    return 0;
+}
+
+// gate, up, gradient -> gradients of gate and up
+OPERATOR(custom_swiglu_back) {
+    swiglu_backward(0, c.elements(0), c.at(0), c.at(1), c.at(2), c.at(3), c.at(4), threads(c.elements(0)));
+    return 0;
+}
+
+OPERATOR(custom_rotary) { return turn(c, 1.f); }
+OPERATOR(custom_rotary_back) { return turn(c, -1.f); }
+OPERATOR(custom_attention_causal) { return attend(c, true); }
+OPERATOR(custom_attention_full) { return attend(c, false); }
+OPERATOR(custom_attention_causal_back) { return attend_back(c, true); }
+OPERATOR(custom_attention_full_back) { return attend_back(c, false); }
+
+// logits [C, V], targets int32 [C] (negative: not counted) -> losses [C], softmax - one_hot [C, V]; 0 where not counted
+OPERATOR(custom_cross_entropy) {
+    const int64_t rows = c.size(0, 0), width = c.size(0, 1);
+    const int32_t* targets = c.at<int32_t>(1);
+#pragma omp parallel for num_threads(threads(rows* width)) schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        float* row = c.at(3) + r * width;
+        if (targets[r] < 0) {
+            memset(row, 0, width * sizeof(float));
+            c.at(2)[r] = 0;
+            continue;
+        }
+        const int64_t target = targets[r];
+        memcpy(row, c.at(0) + r * width, width * sizeof(float));
+        cross_entropy(0, 1, width, row, &target, c.at(2) + r, 1, 1);
+    }
+    return 0;
+}
