@@ -116,7 +116,7 @@ def _write_mindrecord(cfg: Config, dataset: Path, run: RunFolder) -> None:
             run,
             family=cfg.model.family,
             width=width,
-            shards=cfg.data.file_partition,
+            shards=cfg.data.file_partition if split == "train" else 1,  # few rows are held out
             overwrite=cfg.data.overwrite,
             option=OVERWRITE,
         )

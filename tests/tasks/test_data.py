@@ -73,6 +73,74 @@ def test_the_audit_is_shown_before_its_findings_stop_the_run(tmp_path, source, c
     assert 0 < said.index("records read") < said.index("1 of 60 records (1.67%) were dropped")
 
 
+def test_mindrecord_is_written_beside_the_dataset_and_read_as_a_source(tmp_path, source, capsys):
+    output = tmp_path / "out" / "x.mindrecord"
+    more = [f"data.mindrecord={output}", "data.file_partition=2"]
+    assert main(words(tmp_path / "a", source, *more)) == 0
+    said = capsys.readouterr().err
+    assert f"mindrecord: {output}0 .. x.mindrecord1, each with its .db" in said
+    assert "(input_ids, target_ids, attention_mask; int32)" in said
+    assert "data.packing=false writes one document a record" in said
+    names = {f"{name}{end}" for name in ("x.mindrecord0", "x.mindrecord1", "x_eval.mindrecord") for end in ("", ".db")}
+    assert {path.name for path in output.parent.iterdir()} == names
+    assert main(words(tmp_path / "b", source, *more)) == 2
+    assert "data.overwrite=true" in capsys.readouterr().err
+    plain = [f"data.mindrecord={output}", "data.overwrite=true", "data.packing=false", "data.eval_records=0"]
+    assert main(words(tmp_path / "c", source, *plain)) == 0
+    assert {path.name for path in output.parent.iterdir()} == {
+        "x.mindrecord",
+        "x.mindrecord.db",
+    }  # no stale held-out set
+    assert main(words(tmp_path / "d", output, "data.packing=false", "data.eval_records=0")) == 0
+    for name in ("tokens.bin", "documents.bin", "rows.bin"):
+        ours = [(tmp_path / run / "dataset" / "train" / name).read_bytes() for run in ("c", "d")]
+        assert ours[0] == ours[1]
+    # A prepared folder can be written too, and the set's common name is enough to name it.
+    more = [f"data.folder={tmp_path}/c/dataset", f"data.mindrecord={tmp_path}/y.mindrecord", "data.file_partition=3"]
+    assert main(words(tmp_path / "e", source, *more)) == 0
+    assert main(words(tmp_path / "f", tmp_path / "y.mindrecord", "data.eval_records=0")) == 0
+
+
+def test_plain_text_becomes_blocks_of_input_ids(tmp_path, capsys):
+    source, output = tmp_path / "x.txt", tmp_path / "x.mindrecord"
+    source.write_text("One line of text.\n\n" * 200)
+    assert main(words(tmp_path / "run", source, f"data.mindrecord={output}")) == 0
+    said = capsys.readouterr().err
+    assert "(input_ids; int32)" in said and "tokens left over" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("data.overwrite=true", "data.overwrite=True: has no effect without data.mindrecord"),
+        ("data.file_partition=2", "data.file_partition=2: has no effect without data.mindrecord"),
+        ("data.mindrecord=x.mindrecord data.file_partition=0", "must be at least 1 and at most 1000"),
+        ("data.mindrecord=x.mindrecord task=finetune", "only `make data` writes MindRecord"),
+    ],
+)
+def test_mindrecord_settings_that_do_nothing_are_refused(tmp_path, source, capsys, setting, says):
+    assert main(words(tmp_path / "run", source, *setting.split())) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_mindrecord_of_another_length_family_or_without_index_ends_with_status_2(tmp_path, source, capsys):
+    output = tmp_path / "x.mindrecord"
+    assert main(words(tmp_path / "a", source, f"data.mindrecord={output}", "data.eval_records=0")) == 0
+    capsys.readouterr()
+    for more, says in (
+        (["data.seq_length=64"], "data.seq_length=128, or the file made again with --seq_length 64"),
+        (["model=qwen_tiny"], "qwen reads labels"),
+        (["data.format=alpaca"], "this is MindRecord, data.format=alpaca is not"),
+    ):
+        assert main(words(tmp_path / "b", output, *more)) == 2
+        said = capsys.readouterr().err
+        assert says in said and "Traceback" not in said
+    (tmp_path / "x.mindrecord.db").unlink()
+    assert main(words(tmp_path / "b", output)) == 2
+    assert "copy x.mindrecord.db from where x.mindrecord came from" in capsys.readouterr().err
+    assert not (tmp_path / "b" / "dataset").exists()
+
+
 def test_malformed_json_names_file_and_line(tmp_path, source, capsys):
     lines = source.read_text().splitlines()
     lines[40] = lines[40].replace('"output"', "output")

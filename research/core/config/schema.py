@@ -51,7 +51,7 @@ class DataConfig:
     output: str | None = None  # dataset folder; None: in the run folder
     folder: str | None = None  # use this prepared dataset folder instead of preparing one
     mindrecord: str | None = None  # make data: also write the rows as MindRecord, the held-out ones beside it as *_eval
-    file_partition: int = 1  # files that each MindRecord set is cut into
+    file_partition: int = 1  # files that data.mindrecord is cut into
     overwrite: bool = False  # replace data.mindrecord where it exists
     skills: list[str] = field(default_factory=list)  # of the built-in set; empty: all of its training mix
     skills_records: int = 40000
