@@ -156,12 +156,27 @@ class MindRecordWriter:
             sum(path.stat().st_blocks * 512 for path in self.aside.iterdir()),
         )
         check_output(self.output, len(self.names), self.overwrite, self._option)  # somebody else's, written meanwhile
-        # An index is what makes a file readable: the old ones go first, the new ones come last.
-        for path in sorted(existing_files(self.output), key=lambda path: path.suffix != ".db"):
-            path.unlink()
+        self._exchange()
+
+    def _exchange(self) -> None:
+        """Put the new files in the place of the old ones. An index is what makes a file readable: it goes first and comes
+        last, so that no reader finds half a set. What fails on the way is undone."""
+        old = self.aside / "old"
+        old.mkdir()
+        moves = [
+            (path, old / path.name) for path in sorted(existing_files(self.output), key=lambda p: p.suffix != ".db")
+        ]
         for suffix in ("", ".db"):
-            for name in self.names:
-                os.rename(self.aside / (name + suffix), self.output.parent / (name + suffix))
+            moves += [(self.aside / (name + suffix), self.output.parent / (name + suffix)) for name in self.names]
+        done = []
+        try:
+            for source, target in moves:
+                os.rename(source, target)
+                done.append((source, target))
+        except BaseException:
+            for source, target in reversed(done):
+                os.rename(target, source)
+            raise
 
 
 class _Shard:
