@@ -16,7 +16,7 @@ export PY := $(BIN)/python
 
 TASKS := data pretrain finetune lora predict chat export merge weights convert split merge-shards reshard verify
 
-.PHONY: help setup $(TASKS) test test-fast bench lint format clean
+.PHONY: help setup $(TASKS) ranktable test test-fast bench lint format clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,9 @@ reshard: $(VENV)/.ready ## from any grid to any grid: make reshard WEIGHTS=parts
 
 verify: $(VENV)/.ready ## compare two weights of any layouts: make verify A=folder B=model.ckpt LOGITS=1
 	@scripts/task.sh verify $(ARGS)
+
+ranktable: ## the rank table of this host's NPUs, of several hosts' tools/merge_hccl.py: make ranktable CARDS=8 SERVER_IP=address
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) tools/hccl_tools.py --device_num "[0,$${CARDS:-8})" --device_num_per_node $${CARDS:-8} $(if $(SERVER_IP),--server_ip $(SERVER_IP)) $(ARGS)
 
 test: $(VENV)/.ready-dev ## every test
 	$(BIN)/python -m pytest -n 2

@@ -11,6 +11,7 @@ from research.core.config.backends import without_effect
 from research.core.config.compose import compose, compose_resumed, from_yaml, group_options, translate_flags
 from research.core.config.schema import Config
 from research.core.errors import ConfigError, run_cli
+from research.core.launch.environment import is_scheduler
 
 # Tasks that go on from a run folder take its model unless another is named.
 _FROM_RUN = ("predict", "chat", "export", "merge")
@@ -26,6 +27,8 @@ def run_task(words: Sequence[str], family: str | None = None) -> int:
     if any(word in ("-h", "--help", "help") for word in words):
         print(_help())
         return 0
+    if is_scheduler():
+        return bring_workers_together()
     config = compose(words)
     if config.train.resume and (Path(config.run) / "config.yaml").is_file():
         config = compose_resumed(words, config.run)
@@ -41,6 +44,14 @@ def run_task(words: Sequence[str], family: str | None = None) -> int:
     for note in without_effect(config):
         print(f"note: {note}", file=sys.stderr, flush=True)
     return importlib.import_module(f"research.tasks.{config.task.name}").run(config)
+
+
+def bring_workers_together() -> int:
+    """The part of MindSpore's scheduler, which msrun starts with the workers' command line: it takes no part in the work."""
+    from mindspore.communication import init
+
+    init()  # returns when the workers have left
+    return 0
 
 
 def _model_from_folder(config: Config) -> None:

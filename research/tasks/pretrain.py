@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from research.core.config.schema import Config
-from research.core.launch.torchrun import launch, needs_launch
+from research.core.launch.ranks import launch, needs_launch
 from research.tasks.training import build_decoder, conclude, export, prepare_data, start, train
 
 

@@ -17,6 +17,10 @@ from research.core.errors import ConfigError
 LAUNCHED = "QWEN_LAUNCHED"
 # The folder in which a rank notes that it started and how it ended (research/core/launch/worker.py).
 NOTES = "QWEN_LAUNCH_NOTES"
+# The launcher's process id: whose end ends the ranks.
+LAUNCHER = "QWEN_LAUNCHER_PID"
+# Seconds within which the ranks must have met (torch; MindSpore has MS_TOPO_TIMEOUT).
+MEET_S = "QWEN_MEET_S"
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Place:
     size: int
     local_rank: int
     local_size: int
+    meet_s: int | None = None  # within which the ranks must have met
 
 
 def place(env: Mapping[str, str] | None = None) -> Place | None:
@@ -50,7 +55,9 @@ def place(env: Mapping[str, str] | None = None) -> Place | None:
             return Place("mindspore", rank, size, local, _number(env, "LOCAL_WORLD_SIZE", size))
     if "TORCHELASTIC_RUN_ID" in env or env.get(LAUNCHED) == "torch":
         size, rank = _number(env, "WORLD_SIZE", 1), _number(env, "RANK", 0)
-        return Place("torch", rank, size, _number(env, "LOCAL_RANK", rank), _number(env, "LOCAL_WORLD_SIZE", size))
+        meet_s = _number(env, MEET_S) if env.get(MEET_S) else None
+        local, local_size = _number(env, "LOCAL_RANK", rank), _number(env, "LOCAL_WORLD_SIZE", size)
+        return Place("torch", rank, size, local, local_size, meet_s)
     return None
 
 

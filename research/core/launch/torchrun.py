@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from research.core.config.schema import Config, ParallelConfig
+from research.core.launch.environment import place
 
 REPO = Path(__file__).resolve().parents[3]
 
 
 def needs_launch(cfg: Config) -> bool:
     """Whether this process should start one process per card instead of doing the work itself."""
-    return cfg.parallel.cards * cfg.parallel.nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    return cfg.parallel.cards * cfg.parallel.nodes > 1 and place() is None
 
 
 def torchrun_command(parallel: ParallelConfig, words: Sequence[str]) -> list[str]:
