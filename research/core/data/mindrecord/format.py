@@ -32,6 +32,9 @@ MOST_SHARDS = 1000
 BLOB, RAW = "BLOB_DATA", "RAW_DATA"
 RAW_ENTRY = struct.pack("<Q", 5) + b"\x81\xa2id\x00"
 WIDTHS = {"int32": 4, "int64": 8}
+_CODES = np.arange(256, dtype=np.uint8)[:, None] >> np.array([6, 4, 2, 0], np.uint8) & 3  # those in one byte
+_SIZES = np.array([1, 2, 4, 8])  # bytes of an element, by its code
+_STEPS = np.arange(8)
 INDEX_TABLES = (
     "CREATE TABLE INDEXES(  ROW_ID               INT  NOT NULL, PAGE_ID_RAW          INT  NOT NULL"
     ", PAGE_OFFSET_RAW      INT  NOT NULL, PAGE_OFFSET_RAW_END  INT  NOT NULL"
@@ -141,17 +144,24 @@ def unpack(blob: np.ndarray, limit: int | None = None) -> np.ndarray:
     n = count if limit is None else min(count, limit)
     start = 4 + -(-count // 4)
     bitmap = blob[4 : 4 + -(-n // 4)]
-    codes = (bitmap[:, None] >> np.array([6, 4, 2, 0], np.uint8) & 3).reshape(-1)[:n]
-    sizes = np.left_shift(1, codes, dtype=np.int64)
-    ends = start + np.cumsum(sizes)
-    if len(codes) < n or (n and ends[-1] > len(blob)):
+    if len(bitmap) == -(-n // 4) and not bitmap.any():  # bytes, as masks are
+        values = blob[start : start + n].view(np.int8).astype(np.int64)
+        if len(values) < n:
+            raise ValueError(f"an array of {count} integers is cut off")
+        return values
+    codes = _CODES[bitmap].reshape(-1)[:n]
+    sizes = _SIZES[codes]
+    ends = sizes.cumsum()
+    ends += start
+    if len(codes) < n or ends[-1] > len(blob):
         raise ValueError(f"an array of {count} integers is cut off")
     values = np.empty(n, np.int64)
-    for code in np.unique(codes).tolist():
-        places, size = np.flatnonzero(codes == code), 1 << code
-        first = ends[places] - size
-        if len(places) == n:
+    for code, share in enumerate(np.bincount(codes, minlength=4).tolist()):
+        size = 1 << code
+        if share == n:
             values[:] = blob[start : start + n * size].view(f"<i{size}")
-        else:
-            values[places] = blob[first[:, None] + np.arange(size)].view(f"<i{size}").reshape(-1)
+        elif share:
+            places = (codes == code).nonzero()[0]
+            found = blob[(ends[places] - size)[:, None] + _STEPS[:size]]
+            values[places] = found.view(f"<i{size}")[:, 0]
     return values

@@ -117,7 +117,7 @@ class MindRecord:
     def blobs(self, row: Row, where: object) -> dict[str, np.ndarray]:
         """The stored bytes of each column of a row, uint8; :meth:`array` and :meth:`length` read them."""
         if self._map is None:
-            self._map = np.memmap(self.path, np.uint8, mode="r")
+            self._map = np.asarray(np.memmap(self.path, np.uint8, mode="r"))  # slices of a plain array cost less
         bytes_ = self._map[row.start : row.stop]
         size = int.from_bytes(bytes_[:8].tobytes(), "little")
         if len(bytes_) != row.stop - row.start or size != len(bytes_) - 8:
