@@ -101,3 +101,24 @@ def in_blocks(q_BTHD, k_BTKD, v_BTKD, block: int):
 def _with_before(x_BTKD, block: int):
     own = x_BTKD.reshape(-1, block, x_BTKD.shape[2], x_BTKD.shape[3])
     return ops.cat((ops.cat((own[-1:], own[:-1]), 0), own), 1)
+
+
+# --- paged caches -------------------------------------------------------------------------------------------------
+
+
+def write_rows(scatter, cache, new_NKD, slots_N):
+    """``cache`` [blocks, block_size, K, D] with row ``slots[n]`` (of blocks * block_size) replaced by ``new[n]``; a
+    negative slot writes nothing."""
+    rows = cache.shape[0] * cache.shape[1]
+    flat = cache.reshape(rows, cache.shape[2], cache.shape[3])
+    spare = ops.zeros_like(flat[:1])  # where the negative ones go
+    slots_N = ops.select(slots_N < 0, ops.full_like(slots_N, rows), slots_N)
+    written = scatter(ops.cat((flat, spare), 0), slots_N.expand_dims(1), new_NKD.astype(cache.dtype))
+    return written[:rows].reshape(cache.shape)
+
+
+def read_pages(cache, tables):
+    """The blocks that each row's table [B, M] names, in order -> [B, K, M * block_size, D]."""
+    pages = ops.gather(cache, tables, 0)
+    batch, count, size, kv_heads, dim = pages.shape
+    return ops.transpose(pages.reshape(batch, count * size, kv_heads, dim), (0, 2, 1, 3))

@@ -176,9 +176,10 @@ def incre_attention(q_BHD, k_BKSD, v_BKSD, positions_B, visible_BS):
 
 
 def reshape_and_cache(k_NKD, v_NKD, k_blocks, v_blocks, slots_N):
-    """Write N tokens' keys and values at ``slots`` (block * block_size + place) of paged caches
-    [blocks, block_size, K, D], in place; -> a value to depend on."""
-    return ops.auto_generate.ReshapeAndCache()(k_NKD, v_NKD, k_blocks, v_blocks, slots_N)
+    """Write N tokens' keys and values at ``slots`` (block * block_size + place, negative: nowhere) of paged caches
+    [blocks, block_size, K, D] in place -> the caches, ordered after the writing."""
+    done = ops.auto_generate.ReshapeAndCache()(k_NKD, v_NKD, k_blocks, v_blocks, slots_N)
+    return ops.depend(k_blocks, done), ops.depend(v_blocks, done)
 
 
 def paged_attention(q_BHD, k_blocks, v_blocks, tables, lengths_B):

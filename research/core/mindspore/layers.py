@@ -9,7 +9,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from research.core.mindspore import fused, native
-from research.core.mindspore.attention import attend, attend_heads, in_blocks
+from research.core.mindspore.attention import attend, attend_heads, bias_of, in_blocks, read_pages, write_rows
 from research.core.mindspore.linear import MLP, Linear, ones
 from research.core.mindspore.moe import SparseMLP
 from research.core.mindspore.rotary import apply_rotary
@@ -79,26 +79,49 @@ class Attention(nn.Cell):
         else:
             if block is not None:
                 q, k, v = in_blocks(q, k, v, block)
-            if self.kernels == "ascend":
+            if self.kernels == "ascend" and self.causal and not self.training and mask is None and ends is None:
+                out = fused.prompt_attention(q, k, v, self.window)
+            elif self.kernels == "ascend":
                 out = fused.flash_attention(q, k, v, mask, ends, self.causal, self.window)
             else:
                 out = attend(q, k, v, mask)
         return self.o_proj(out.reshape(batch * time, self.heads * self.head_dim)), keys, values
 
-    def step(self, x_BH, tables, slots, positions_B, shown_BS, bias, k_BKSD, v_BKSD):
-        """One token per row against its cache, written there first -> (output [B, H], both caches). ``slots`` int32
-        [B, K, 3] says where: row, kv head, position."""
+    def step(self, x_BH, tables, place, k_cache, v_cache):
+        """One token per row against its cache, written there first -> (output [B, H], both caches). ``place`` is what
+        :meth:`research.core.mindspore.decode.DecodeStep.place` or its paged sister says of the cache."""
         batch = x_BH.shape[0]
         q, k, v = self.project(x_BH, tables, batch, 1)
-        k_BKSD = self.write(k_BKSD, slots, k.reshape(batch, self.kv_heads, self.head_dim).astype(k_BKSD.dtype))
-        v_BKSD = self.write(v_BKSD, slots, v.reshape(batch, self.kv_heads, self.head_dim).astype(v_BKSD.dtype))
-        if self.kernels == "ascend":
-            q = q.reshape(batch, self.heads, self.head_dim)
-            out = fused.incre_attention(q, k_BKSD, v_BKSD, positions_B, shown_BS)
+        k = k.reshape(batch, self.kv_heads, self.head_dim).astype(k_cache.dtype)
+        v = v.reshape(batch, self.kv_heads, self.head_dim).astype(v_cache.dtype)
+        q_BHD = q.reshape(batch, self.heads, self.head_dim)
+        full, sliding, slots, positions, pages = place
+        shown_BS = full if self.window is None else sliding
+        if pages is None:
+            k_cache, v_cache = self.write(k_cache, slots, k), self.write(v_cache, slots, v)
+            if self.kernels == "ascend":
+                out = fused.incre_attention(q_BHD, k_cache, v_cache, positions, shown_BS)
+            else:
+                out = self.against(q_BHD, k_cache, v_cache, shown_BS)
+        elif self.kernels == "ascend" and self.window is None:
+            k_cache, v_cache = self.write_pages(k_cache, v_cache, k, v, slots)
+            out = fused.paged_attention(q_BHD, k_cache, v_cache, pages, positions + 1)
         else:
-            q = q.reshape(batch, self.kv_heads, self.share, self.head_dim)
-            out = attend_heads(q, k_BKSD, v_BKSD, bias, self.share)
-        return self.o_proj(out.reshape(batch, self.heads * self.head_dim)), k_BKSD, v_BKSD
+            k_cache, v_cache = self.write_pages(k_cache, v_cache, k, v, slots)
+            out = self.against(q_BHD, read_pages(k_cache, pages), read_pages(v_cache, pages), shown_BS)
+        return self.o_proj(out.reshape(batch, self.heads * self.head_dim)), k_cache, v_cache
+
+    def against(self, q_BHD, k_BKSD, v_BKSD, shown_BS):
+        batch = q_BHD.shape[0]
+        q = q_BHD.reshape(batch, self.kv_heads, self.share, self.head_dim)
+        return attend_heads(q, k_BKSD, v_BKSD, bias_of(shown_BS.expand_dims(1)), self.share)
+
+    def write_pages(self, k_cache, v_cache, k_NKD, v_NKD, slots_N):
+        """Tokens' keys and values at their ``slots`` (block * block_size + place; negative: nowhere) of paged caches
+        [blocks, block_size, K, D] -> the caches."""
+        if self.kernels == "ascend":
+            return fused.reshape_and_cache(k_NKD, v_NKD, k_cache, v_cache, slots_N)
+        return write_rows(self.write, k_cache, k_NKD, slots_N), write_rows(self.write, v_cache, v_NKD, slots_N)
 
 
 class DecoderLayer(nn.Cell):
@@ -118,13 +141,11 @@ class DecoderLayer(nn.Cell):
         x_NH, counts = self.feed_forward(x_NH + mixed, real_N)
         return x_NH, keys, values, counts
 
-    def step(self, x_BH, tables, slots, positions_B, shown_BS, bias, k_BKSD, v_BKSD):
+    def step(self, x_BH, tables, place, k_cache, v_cache):
         """One token per row; see :meth:`Attention.step`."""
-        mixed, k_BKSD, v_BKSD = self.self_attn.step(
-            self.input_layernorm(x_BH), tables, slots, positions_B, shown_BS, bias, k_BKSD, v_BKSD
-        )
+        mixed, k_cache, v_cache = self.self_attn.step(self.input_layernorm(x_BH), tables, place, k_cache, v_cache)
         x_BH, _ = self.feed_forward(x_BH + mixed, None)
-        return x_BH, k_BKSD, v_BKSD
+        return x_BH, k_cache, v_cache
 
     def feed_forward(self, x_NH, real_N):
         normed = self.post_attention_layernorm(x_NH)

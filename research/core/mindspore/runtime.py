@@ -69,7 +69,6 @@ def start(
     if wanted != _started:
         ms.set_context(mode=ms.GRAPH_MODE if graph else ms.PYNATIVE_MODE)
         if target == "CPU":
-            ms.runtime.dispatch_threads_num(threads)
             ms.device_context.cpu.op_tuning.threads_num(threads)
         if deterministic:
             ms.set_deterministic(True)
