@@ -101,6 +101,24 @@ def test_mindrecord_is_written_beside_the_dataset_and_read_as_a_source(tmp_path,
     assert main(words(tmp_path / "f", tmp_path / "y.mindrecord", "data.eval_records=0")) == 0
 
 
+@pytest.mark.slow
+def test_training_on_mindrecord_has_the_losses_of_training_on_its_json(tmp_path, source):
+    from research.core.run.metrics import read_metrics
+
+    output = tmp_path / "x.mindrecord"
+    more = ["data.packing=false", "data.eval_records=0", f"data.mindrecord={output}"]
+    assert main(words(tmp_path / "data", source, *more)) == 0
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small = [f"model.hf.{name}={size}" for name, size in {**sizes, "intermediate_size": 48}.items()]
+    small += ["train.dtype=fp32", "train.lr=1e-3", "train.max_minutes=null", "train.epochs=null", "train.log_every=1"]
+    losses = []
+    for name, data in (("json", source), ("mindrecord", output)):
+        steps = ["task=finetune", "train.steps=4", "device.threads=1", "data.eval_records=5"]
+        assert main([*words(tmp_path / name, data, *small), *steps]) == 0
+        losses.append([row["loss"] for row in read_metrics(tmp_path / name, "train")])
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
 def test_plain_text_becomes_blocks_of_input_ids(tmp_path, capsys):
     source, output = tmp_path / "x.txt", tmp_path / "x.mindrecord"
     source.write_text("One line of text.\n\n" * 200)
