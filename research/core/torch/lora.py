@@ -7,10 +7,8 @@ with keys ``base_model.model.<module>.lora_A.weight``.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,15 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from research.core.config.names import did_you_mean
+from research.core import lora as common
 from research.core.config.schema import LoraConfig
-from research.core.errors import ConfigError, WeightsError
+from research.core.errors import WeightsError
+from research.core.lora import WEIGHTS_FILE, pattern_value, read_adapter_config, tensor_key
 from research.core.torch.adapted_linear import adapted_linear
 from research.core.torch.packed_linear import Linear, linear
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 
 
 class LoraLinear(nn.Module):
@@ -43,7 +38,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.rank, self.alpha = rank, alpha
-        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.scaling = common.scaling(rank, alpha, rslora)
         self.dropout = dropout
         self.weight, self.bias = base.weight, base.bias
         place = {"device": base.weight.device, "dtype": dtype or base.weight.dtype}
@@ -91,69 +86,6 @@ def linear_names(decoder: nn.Module) -> list[str]:
     ]
 
 
-def choose_targets(decoder: nn.Module, targets: str | list[str]) -> list[str]:
-    """Modules that ``targets`` selects, by PEFT's rules: ``all-linear``, a full-match expression, or a list of suffixes.
-
-    ``all-linear`` leaves out the routers of an MoE, which are no Linears in transformers; they can be named. Raises :class:`ConfigError` for an entry that selects nothing.
-    """
-    names = linear_names(decoder)
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
-    where = "lora.target_modules"
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        return [name for name in names if not name.endswith(".mlp.gate")]
-    if isinstance(targets, str):
-        try:
-            found = [name for name in names if re.fullmatch(targets, name)]
-        except re.error as bad:
-            raise ConfigError(f"{targets!r} is not a regular expression: {bad}", where=where) from None
-        if not found:
-            raise ConfigError(
-                f"the expression {targets!r} matches no linear module as a whole (such as {names[0]})",
-                where=where,
-                hint=f"'.*({'|'.join(leaves)})', a list of these names, or all-linear",
-            )
-        return found
-    if not targets:
-        raise ConfigError("no target modules are given", where=where, hint="all-linear")
-    chosen = set()
-    for target in targets:
-        found = [name for name in names if name == target or name.endswith("." + target)]
-        if not found:
-            raise ConfigError(
-                f"{target!r} names no linear module of this model", where=where, hint=did_you_mean(target, leaves)
-            )
-        chosen.update(found)
-    return [name for name in names if name in chosen]
-
-
-def pattern_value(patterns: dict, name: str, default):
-    """PEFT's rank_pattern / alpha_pattern: the first key that is a regular expression for the end of ``name``."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
-
-
-def _check(cfg: LoraConfig, names: list[str]) -> None:
-    if cfg.rank < 1:
-        raise ConfigError(f"the rank must be at least 1, not {cfg.rank}", where="lora.rank", hint="lora.rank=8")
-    if not 0 <= cfg.dropout < 1:
-        raise ConfigError(
-            f"dropout must lie in [0, 1), not {cfg.dropout}", where="lora.dropout", hint="lora.dropout=0.05"
-        )
-    for setting in ("rank_pattern", "alpha_pattern"):
-        for key, value in getattr(cfg, setting).items():
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
-                leaves = {name.rsplit(".", 1)[-1] for name in names}
-                raise ConfigError(
-                    f"{key!r} matches none of the adapted modules",
-                    where=f"lora.{setting}",
-                    hint=did_you_mean(key, leaves),
-                )
-            if setting == "rank_pattern" and value < 1:
-                raise ConfigError(f"the rank of {key!r} must be at least 1, not {value}", where=f"lora.{setting}")
-
-
 # --- the pass ---------------------------------------------------------------------------------------------------
 
 
@@ -164,8 +96,8 @@ def add_lora(
 
     ``dtype`` stores A and B (None: the base's dtype). Stacked MoE experts are not Linears and stay as they are.
     """
-    names = choose_targets(decoder, cfg.target_modules)
-    _check(cfg, names)
+    names = common.choose_targets(linear_names(decoder), cfg.target_modules)
+    common.check_lora(cfg, names)
     decoder.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
@@ -202,47 +134,13 @@ def merge_lora(decoder: nn.Module) -> nn.Module:
 # --- PEFT files -------------------------------------------------------------------------------------------------
 
 
-def adapter_config(decoder: nn.Module, cfg: LoraConfig, base: str | None = None) -> dict:
-    """``adapter_config.json`` for the adapters on ``decoder``."""
-    names = [name for name, _ in lora_layers(decoder)]
-    targets = cfg.target_modules
-    if not isinstance(targets, str) or targets.lower() == "all-linear":
-        every = [n for n, m in decoder.named_modules() if isinstance(m, (nn.Linear, LoraLinear))]
-        leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
-        # the short names where they select exactly these modules, else every name in full
-        short = [n for n in every if n.rsplit(".", 1)[-1] in leaves]
-        targets = leaves if short == names else names
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": cfg.rank,
-        "lora_alpha": cfg.alpha,
-        "lora_dropout": cfg.dropout,
-        "target_modules": targets,
-        "rank_pattern": dict(cfg.rank_pattern),
-        "alpha_pattern": dict(cfg.alpha_pattern),
-        "use_rslora": cfg.rslora,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-
-
 def adapter_tensors(decoder: nn.Module) -> dict[str, Tensor]:
     """PEFT's keys and the adapters' tensors, in the decoder's order; not copied, shards of several cards put together."""
     tensors = {}
     for name, layer in lora_layers(decoder):
-        for part in ("lora_A", "lora_B"):
-            tensor = getattr(layer, part).detach()
-            tensors[f"{PREFIX}{name}.{part}.weight"] = (
-                tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            )
+        for part in "AB":
+            tensor = getattr(layer, f"lora_{part}").detach()
+            tensors[tensor_key(name, part)] = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return tensors
 
 
@@ -256,55 +154,10 @@ def save_adapter(
     tensors = {key: value.cpu().contiguous() for key, value in adapter_tensors(decoder).items()}
     if not write:
         return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / (WEIGHTS_FILE + ".partial")
-    try:
-        save_file(tensors, aside, metadata={"format": "pt"})
-        os.replace(aside, folder / WEIGHTS_FILE)
-        aside = folder / (CONFIG_FILE + ".partial")
-        aside.write_text(json.dumps(adapter_config(decoder, cfg, base), indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, folder / CONFIG_FILE)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:
-    """The settings of a PEFT folder. Raises :class:`WeightsError` for a kind of adapter that this repository does not run."""
-    path = Path(folder) / CONFIG_FILE
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(
-            f"no {CONFIG_FILE}: not a PEFT adapter folder", where=folder, hint="the adapter/ folder of a LoRA run"
-        ) from None
-    except ValueError as bad:
-        raise WeightsError(f"malformed JSON: {bad}", where=path) from None
-    if raw.get("peft_type", "LORA") != "LORA":
-        raise WeightsError(f"peft_type {raw['peft_type']!r} is not supported, only LORA", where=path)
-    for key in (
-        "use_dora",
-        "fan_in_fan_out",
-        "modules_to_save",
-        "lora_bias",
-        "trainable_token_indices",
-        "target_parameters",
-    ):
-        if raw.get(key):
-            raise WeightsError(f"{key}={raw[key]!r} is not supported", where=path, hint="a plain LoRA adapter")
-    if raw.get("bias", "none") != "none":
-        raise WeightsError(f"bias={raw['bias']!r} is not supported, only 'none'", where=path)
-    if "r" not in raw or "lora_alpha" not in raw:
-        raise WeightsError("r or lora_alpha is missing", where=path)
-    return LoraConfig(
-        rank=raw["r"],
-        alpha=raw["lora_alpha"],
-        dropout=raw.get("lora_dropout") or 0.0,
-        target_modules=raw.get("target_modules") or "all-linear",
-        rank_pattern=raw.get("rank_pattern") or {},
-        alpha_pattern=raw.get("alpha_pattern") or {},
-        rslora=bool(raw.get("use_rslora")),
-    )
+    names = [name for name, _ in lora_layers(decoder)]
+    every = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, LoraLinear))]
+    config = common.adapter_config(cfg, names, every, base)
+    common.write_adapter(folder, config, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def load_adapter(
@@ -319,28 +172,13 @@ def load_adapter(
     cfg = read_adapter_config(folder)
     pairs = _read_pairs(folder, allow_pickle)
     linears = {name: decoder.get_submodule(name) for name in linear_names(decoder)}
+    shapes = {name: {part: tuple(tensor.shape) for part, tensor in pair.items()} for name, pair in pairs.items()}
+    common.check_shapes(shapes, {n: (m.in_features, m.out_features) for n, m in linears.items()}, cfg, folder)
     layers = {}
     for name, pair in pairs.items():
-        key = f"{PREFIX}{name}.lora_A.weight"
-        if name not in linears:
-            raise WeightsError(
-                f"tensor {key} belongs to a module that this model does not have",
-                where=folder,
-                hint=f"{did_you_mean(name, linears)} Otherwise the adapter is for another model",
-            )
-        base = linears[name]
         rank = pattern_value(cfg.rank_pattern, name, cfg.rank)
-        for part, shape in (("A", (rank, base.in_features)), ("B", (base.out_features, rank))):
-            found = tuple(pair[part].shape) if part in pair else None
-            if found != shape:
-                raise WeightsError(
-                    f"tensor {PREFIX}{name}.lora_{part}.weight is {_shape(found)}, this model needs {_shape(shape)}",
-                    where=folder,
-                    hint="the base model that the adapter was trained on",
-                )
-        layer = LoraLinear(
-            base, rank, pattern_value(cfg.alpha_pattern, name, cfg.alpha), cfg.dropout, cfg.rslora, dtype
-        )
+        alpha = pattern_value(cfg.alpha_pattern, name, cfg.alpha)
+        layer = LoraLinear(linears[name], rank, alpha, cfg.dropout, cfg.rslora, dtype)
         with torch.no_grad():
             layer.lora_A.copy_(pair["A"])
             layer.lora_B.copy_(pair["B"])
@@ -352,36 +190,15 @@ def load_adapter(
     return cfg
 
 
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<name>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
-
-
 def _read_pairs(folder: Path, allow_pickle: bool) -> dict[str, dict[str, Tensor]]:
-    path = folder / WEIGHTS_FILE
-    if path.is_file():
+    path = common.weights_path(folder, allow_pickle)
+    if path.name == WEIGHTS_FILE:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as bad:
             raise WeightsError(f"damaged or truncated: {bad}", where=path) from None
-    elif (folder / "adapter_model.bin").is_file():
-        path = folder / "adapter_model.bin"
-        if not allow_pickle:
-            raise WeightsError(
-                "only a pickle file is there, and pickles can run code",
-                where=path,
-                hint=f"save the adapter as {WEIGHTS_FILE}",
-            )
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
     else:
-        raise WeightsError(f"no {WEIGHTS_FILE}", where=folder)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise WeightsError(f"tensor {key} is not part of a plain LoRA adapter", where=path)
-        pairs.setdefault(match["name"], {})[match["part"]] = tensor
-    return pairs
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else "x".join(map(str, shape))
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    pairs = common.pairs_of(list(tensors), path)
+    return {name: {part: tensors[key] for part, key in parts.items()} for name, parts in pairs.items()}

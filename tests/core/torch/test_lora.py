@@ -12,6 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from research.core.config.schema import LoraConfig
 from research.core.errors import ConfigError, WeightsError
+from research.core.lora import CONFIG_FILE
 from research.core.torch import lora
 
 SIZES = {
@@ -207,8 +208,8 @@ def test_damaged_and_foreign_adapter_folders_are_refused(tmp_path):
     torch.save({}, tmp_path / "adapter_model.bin")
     with pytest.raises(WeightsError, match="pickle"):
         lora.load_adapter(fresh, tmp_path)
-    settings = json.loads((tmp_path / lora.CONFIG_FILE).read_text())
-    (tmp_path / lora.CONFIG_FILE).write_text(json.dumps(settings | {"use_dora": True}))
+    settings = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(settings | {"use_dora": True}))
     with pytest.raises(WeightsError, match="use_dora"):
         lora.load_adapter(fresh, tmp_path)
 
