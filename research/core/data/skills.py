@@ -140,7 +140,7 @@ def _number(rng: random.Random, size: int) -> int:
 
 
 def _arithmetic(rng: random.Random, size: int) -> Question:
-    return _sum(rng, _number(rng, size), rng.randint(0, 9))
+    return _sum(rng, rng.randint(0, size), rng.randint(0, 9))
 
 
 def _sums(rng: random.Random, size: int) -> Question:
@@ -152,10 +152,10 @@ def _sum(rng: random.Random, a: int, b: int) -> Question:
     if rng.random() < 0.5:
         a, b = (a, b) if rng.random() < 0.5 else (b, a)
         answer = str(a + b)
-        texts = (f"{a}+{b}=", f"What is {a} plus {b}?", f"Add {a} and {b}.", f"{a}加{b}等于多少？", f"计算{a}+{b}")
+        texts = (f"{a}+{b}=", f"What is {a} plus {b}?", f"计算{a}+{b}")
         return Question(f"add {low} {high}", [(text, answer) for text in texts])
     a, b, answer = high, low, str(high - low)
-    texts = (f"{a}-{b}=", f"What is {a} minus {b}?", f"Subtract {b} from {a}.", f"{a}减{b}等于多少？", f"计算{a}-{b}")
+    texts = (f"{a}-{b}=", f"What is {a} minus {b}?", f"计算{a}-{b}")
     return Question(f"subtract {a} {b}", [(text, answer) for text in texts])
 
 
