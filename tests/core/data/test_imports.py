@@ -9,9 +9,9 @@ def test_the_data_pipeline_loads_no_framework(repo):
     code = """
 import importlib, pkgutil, sys
 import research.core.data as data
-for module in pkgutil.iter_modules(data.__path__):
-    importlib.import_module(f"research.core.data.{module.name}")
-heavy = {"torch", "transformers", "mindspore", "tokenizers", "tiktoken", "datasets", "pyarrow", "rich"}
+for module in pkgutil.walk_packages(data.__path__, "research.core.data."):
+    importlib.import_module(module.name)
+heavy = {"torch", "transformers", "mindspore", "tokenizers", "tiktoken", "datasets", "pyarrow", "rich", "sqlite3"}
 print(*sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
