@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from research.core.errors import WeightsError
-from research.core.spec import DecoderSpec, spec_differences, spec_to_hf
+from research.core.spec import DecoderSpec
 from research.core.torch.decoder import Decoder
 from research.core.torch.sharded_weights import open_shards, sharded_parameters
 from research.core.weights.folder import Plan, WeightFolder, plan_reading, read_config, read_spec
-from research.core.weights.keys import StoredTensor, stored_tensors
-from research.core.weights.write import SHARD_BYTES, new_folder, write_json, write_tensors
+from research.core.weights.keys import StoredTensor
+from research.core.weights.model_folder import check_spec, write_model
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -71,17 +70,6 @@ def read_tensor(source: WeightFolder | PickleFolder, name: str, rows: tuple[int,
     if tensor.numel():
         source.read_into(name, tensor.view(-1).view(torch.uint8).numpy(), rows)
     return tensor
-
-
-def check_spec(expect: DecoderSpec, found: DecoderSpec, folder: str | os.PathLike) -> None:
-    """Raise :class:`WeightsError` listing the keys in which the folder contradicts the chosen model."""
-    differences = spec_differences(expect, found)
-    if differences:
-        raise WeightsError(
-            "this checkpoint is not the chosen MODEL:\n    " + "\n    ".join(differences),
-            where=Path(folder) / "config.json",
-            hint="the MODEL of these weights, or other WEIGHTS",
-        )
 
 
 def load_decoder(
@@ -185,29 +173,16 @@ def save_weights(
     parameters: Mapping[str, Tensor],
     folder: str | os.PathLike,
     dtype: torch.dtype | None = None,
-    *,
-    eos: int | list[int] | None = None,
-    bos: int | None = None,
-    generation: dict | None = None,
-    fingerprints: dict | None = None,
-    files: Mapping[str, str | os.PathLike | bytes] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    overwrite: bool = False,
-    head: bool = True,
+    **options,
 ) -> None:
-    """Write a folder that transformers, vLLM and MindIE load: config.json, generation_config.json, safetensors.
+    """Write a folder in Hugging Face format; ``options`` are those of :func:`research.core.weights.model_folder.write_model`.
 
-    ``parameters`` has the in-memory names (a DTensor is gathered one at a time). ``eos``/``bos`` go into both
-    configs, ``generation`` adds to generation_config.json, ``fingerprints`` (tokenizer, template) become
-    workbench.json, ``files`` are further files by name (contents, or a path to copy). The folder appears whole.
+    ``parameters`` has the in-memory names (a DTensor is gathered one at a time).
     """
     if dtype is None:
         dtype = next(iter(parameters.values())).dtype
     if dtype not in SAFETENSORS_DTYPES:
         raise WeightsError(f"weights of dtype {dtype} cannot be exported", hint="float32 or bfloat16")
-    tensors = stored_tensors(spec, head)
-    absent = {piece.parameter for tensor in tensors for piece in tensor.pieces} - parameters.keys()
-    assert not absent, f"parameters missing for export: {sorted(absent)[:4]}"
 
     def content(tensor: StoredTensor):
         value = torch.empty(tensor.shape, dtype=dtype)
@@ -218,20 +193,4 @@ def save_weights(
             value[piece.rows_stored[0] : piece.rows_stored[1]] = block[slice(*piece.rows_parameter)]
         return value.view(-1).view(torch.uint8).numpy()
 
-    name = str(dtype).removeprefix("torch.")
-    generation = {
-        **({"eos_token_id": eos} if eos is not None else {}),
-        **({"bos_token_id": bos} if bos is not None else {}),
-        **(generation or {}),
-    }
-    with new_folder(folder, overwrite) as aside:
-        write_json(aside / "config.json", spec_to_hf(spec, name, eos=eos, bos=bos))
-        write_json(aside / "generation_config.json", generation)
-        if fingerprints is not None:
-            write_json(aside / "workbench.json", fingerprints)
-        for file, source in (files or {}).items():
-            if isinstance(source, bytes):
-                (aside / file).write_bytes(source)
-            else:
-                shutil.copyfile(source, aside / file)
-        write_tensors(aside, tensors, SAFETENSORS_DTYPES[dtype], content, shard_bytes)
+    write_model(spec, parameters, content, folder, SAFETENSORS_DTYPES[dtype], **options)

@@ -73,6 +73,7 @@ class OpenOptions:
     strategy: str | None = None  # MindSpore strategy file or folder of rank folders, when it is not beside them
     allow_pickle: bool = False
     presets: Mapping | ConfigSource | None = None  # of the output folder or the named MODEL, the last resort
+    head: bool = True  # False: an output matrix may be absent and is not read (embedding models)
 
 
 NOTHING_SAID = OpenOptions()
@@ -141,7 +142,7 @@ def open_huggingface(folder: Path, options: OpenOptions = NOTHING_SAID) -> OpenW
         found = WeightFolder(folder).entries
         entries = {name: safetensors.from_folder_entry(name, entry) for name, entry in found.items()}
     bare = str((config.get("architectures") or [""])[0]).endswith("Model")
-    head = not (bare and "lm_head.weight" not in entries)
+    head = options.head and not (bare and "lm_head.weight" not in entries)
     plan = plan_reading(_Names(folder, entries), spec, head)
     stacked = any(tensor.name.endswith("mlp.experts.gate_up_proj") for tensor in plan.tensors)
     tensors = [(plan.names[stored.name], stored) for stored in hf_layout(spec, head, stacked)]

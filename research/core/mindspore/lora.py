@@ -1,0 +1,180 @@
+"""Low-rank adapters (arXiv 2106.09685) as a pass over an ordinary decoder, and PEFT's files in and out.
+
+The pass exchanges each chosen Linear by a :class:`LoraLinear` that keeps the base's parameters and their names, so weights
+load and save as if no adapter were there. Matching rules and file format: :mod:`research.core.lora`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from safetensors.numpy import save_file
+
+from research.core import lora as common
+from research.core.config.schema import LoraConfig
+from research.core.mindspore.linear import Linear
+from research.core.mindspore.weights import set_value, to_numpy
+from research.core.weights.cast import cast
+from research.core.weights.formats import safetensors, torch_bin
+from research.core.weights.initial import Stream
+from research.core.weights.tensors import Files, read_tensor
+
+
+class LoraLinear(nn.Cell):
+    """``x W^T + b + scaling * drop(x) A^T B^T`` with W and b frozen. A is [rank, in], B is [out, rank]; stored in
+    ``dtype``, cast to the input's."""
+
+    def __init__(self, base: Linear, name: str, rank: int, alpha: float, dropout: float, rslora: bool, dtype=None):
+        super().__init__(auto_prefix=False)  # the parameters have their full names already
+        self.in_features, self.out_features, self.has_bias = base.in_features, base.out_features, base.has_bias
+        self.rank, self.alpha, self.rate = rank, alpha, dropout
+        self.scaling = common.scaling(rank, alpha, rslora)
+        self.weight, self.bias = base.weight, base.bias
+        dtype = base.weight.dtype if dtype is None else dtype
+        self.lora_A = Parameter(Tensor(np.zeros((rank, base.in_features), np.float32), dtype), name=f"{name}.lora_A")
+        self.lora_B = Parameter(Tensor(np.zeros((base.out_features, rank), np.float32), dtype), name=f"{name}.lora_B")
+        self.dropout = nn.Dropout(p=dropout) if dropout else None
+        self.matmul = ops.MatMul(transpose_b=True)
+        self.bias_add = ops.BiasAdd()
+
+    def reset(self, stream: Stream) -> None:
+        """PEFT's initialisation: A Kaiming uniform with a = sqrt 5 (bound 1 / sqrt(in)), B zero; the torch pass's values."""
+        bound = self.in_features**-0.5
+        set_value(self.lora_A, stream.uniform((self.rank, self.in_features), -bound, bound))
+
+    def construct(self, x):
+        out = self.matmul(x, self.weight)
+        if self.has_bias:
+            out = self.bias_add(out, self.bias)
+        dropped = self.dropout(x) if self.rate else x
+        low = self.matmul(dropped, self.lora_A.astype(x.dtype)) * self.scaling
+        return out + self.matmul(low, self.lora_B.astype(x.dtype))
+
+    def merged(self) -> Linear:
+        """A Linear with the adapter folded in; the sum is taken in float32 and rounded once to the base's dtype."""
+        out = Linear(self.in_features, self.out_features, self.has_bias, self.weight.dtype)
+        delta = self.scaling * (to_numpy(self.lora_B) @ to_numpy(self.lora_A))
+        set_value(self.weight, to_numpy(self.weight) + delta)
+        out.weight, out.bias = self.weight, self.bias
+        return out
+
+
+# --- the pass -----------------------------------------------------------------------------------------------------
+
+
+def linears(decoder: nn.Cell) -> dict[str, Linear]:
+    """Every Linear that can carry an adapter, by name: all but the head, whose weight the loss reads by itself."""
+    return {
+        name: cell
+        for name, cell in decoder.cells_and_names()
+        if isinstance(cell, Linear) and name.rsplit(".", 1)[-1] != "lm_head"
+    }
+
+
+def add_lora(decoder: nn.Cell, cfg: LoraConfig, *, seed: int = 0, dtype=None, log=lambda line: None) -> list[str]:
+    """Freeze ``decoder``, exchange the chosen Linears by LoraLinears, initialise them from ``seed``; return their names.
+
+    ``dtype`` stores A and B (None: the base's). Stacked MoE experts are not Linears and stay as they are. To be done
+    before the decoder is first called.
+    """
+    found = linears(decoder)
+    names = common.choose_targets(list(found), cfg.target_modules)
+    common.check_lora(cfg, names)
+    stream = Stream(seed)
+    layers = {}
+    for name in names:
+        layers[name] = _layer(found[name], name, cfg, dtype)
+        layers[name].reset(stream)
+    _exchange(decoder, layers)
+    trainable = sum(p.size for p in decoder.get_parameters() if p.requires_grad)
+    total = sum(p.size for p in decoder.get_parameters())
+    log(f"LoRA on {len(names)} modules: {trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %)")
+    if any(".experts." in p.name for p in decoder.get_parameters()):
+        log("LoRA: the routed experts are stacked matrices, not Linears, and carry no adapter")
+    return names
+
+
+def _layer(base: Linear, name: str, cfg: LoraConfig, dtype) -> LoraLinear:
+    rank = common.pattern_value(cfg.rank_pattern, name, cfg.rank)
+    alpha = common.pattern_value(cfg.alpha_pattern, name, cfg.alpha)
+    return LoraLinear(base, name, rank, alpha, cfg.dropout, cfg.rslora, dtype)
+
+
+def _exchange(decoder: nn.Cell, layers: dict[str, nn.Cell]) -> None:
+    for parameter in decoder.get_parameters():
+        parameter.requires_grad = False
+    cells = dict(decoder.cells_and_names())
+    for name, layer in layers.items():
+        owner, _, attribute = name.rpartition(".")
+        layer.set_train(cells[owner].training)
+        names = [(parameter, parameter.name) for parameter in layer.get_parameters()]
+        setattr(cells[owner], attribute, layer)
+        for parameter, full in names:  # MindSpore puts the attribute's name before names that are whole already
+            parameter.name = full
+
+
+def lora_layers(decoder: nn.Cell) -> Iterator[tuple[str, LoraLinear]]:
+    """Name and Cell of every adapted Linear, in the decoder's order."""
+    return ((name, cell) for name, cell in decoder.cells_and_names() if isinstance(cell, LoraLinear))
+
+
+def has_lora(decoder: nn.Cell) -> bool:
+    return next(lora_layers(decoder), None) is not None
+
+
+def merge_lora(decoder: nn.Cell) -> nn.Cell:
+    """Fold every adapter into its base weight, in place; the decoder is an ordinary (frozen) one afterwards."""
+    _exchange(decoder, {name: layer.merged() for name, layer in lora_layers(decoder)})
+    return decoder
+
+
+# --- PEFT files ---------------------------------------------------------------------------------------------------
+
+
+def adapter_tensors(decoder: nn.Cell) -> dict[str, Parameter]:
+    """PEFT's keys and the adapters' parameters, in the decoder's order."""
+    return {
+        common.tensor_key(name, part): getattr(layer, f"lora_{part}")
+        for name, layer in lora_layers(decoder)
+        for part in "AB"
+    }
+
+
+def save_adapter(decoder: nn.Cell, folder: str | os.PathLike, cfg: LoraConfig, base: str | None = None) -> None:
+    """Write the adapter as PEFT does, in float32; each file appears under its name only when it is complete."""
+    tensors = {key: np.ascontiguousarray(to_numpy(value)) for key, value in adapter_tensors(decoder).items()}
+    names = [name for name, _ in lora_layers(decoder)]
+    every = [name for name, cell in decoder.cells_and_names() if isinstance(cell, (Linear, LoraLinear))]
+    config = common.adapter_config(cfg, names, every, base)
+    common.write_adapter(folder, config, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def load_adapter(decoder: nn.Cell, folder: str | os.PathLike, *, dtype=None, allow_pickle: bool = False) -> LoraConfig:
+    """Put the adapter of a PEFT folder on ``decoder`` (frozen base, trainable A and B) and return its settings.
+
+    The modules are those that the file has tensors for. Raises :class:`WeightsError` naming the tensor and both shapes
+    when the adapter was made for another model; the decoder is then unchanged.
+    """
+    folder = Path(folder)
+    cfg = common.read_adapter_config(folder)
+    path = common.weights_path(folder, allow_pickle)
+    entries = safetensors.read_entries(path) if path.name == common.WEIGHTS_FILE else torch_bin.read_file(path)
+    pairs = common.pairs_of(list(entries), path)
+    found = linears(decoder)
+    shapes = {name: {part: entries[key].shape for part, key in parts.items()} for name, parts in pairs.items()}
+    common.check_shapes(shapes, {n: (c.in_features, c.out_features) for n, c in found.items()}, cfg, folder)
+    layers = {}
+    with Files() as files:
+        for name, parts in pairs.items():
+            layers[name] = _layer(found[name], name, cfg, dtype)
+            for part, key in parts.items():
+                bits = read_tensor(files, entries[key])
+                value = np.empty(bits.shape, np.float32)
+                cast(bits, entries[key].dtype, value, "F32")
+                set_value(getattr(layers[name], f"lora_{part}"), value)
+    _exchange(decoder, layers)
+    return cfg
