@@ -160,7 +160,7 @@ def run_rounds(workers: dict[str, Worker], rounds: int) -> tuple[Roofline, dict[
 
 
 def report(args: argparse.Namespace, spec, roof: Roofline, results: dict[str, list[dict]]) -> None:
-    from research.core.torch.flops import step_flops
+    from research.core.run.flops import step_flops
 
     summary = {}
     for name, steps in results.items():

@@ -22,7 +22,8 @@ def run(cfg: Config) -> int:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError("exists already", where=output, hint="OUTPUT=<a new folder>")
 
-    from research.core.torch.checkpoint import checkpoint_paths, load_checkpoint
+    from research.core.run.checkpoint import checkpoint_paths, load_checkpoint
+    from research.core.torch.checkpoint import TorchTables
 
     paths = checkpoint_paths(run / "checkpoints")
     if not paths:
@@ -30,7 +31,7 @@ def run(cfg: Config) -> int:
     trained = from_yaml(run / "config.yaml")
     weights = Path(trained.weights) if trained.weights else None
     tokenizer, template = resolve_tokenizer(trained, weights), resolve_template(trained, weights)
-    checkpoint = load_checkpoint(paths[-1])
+    checkpoint = load_checkpoint(paths[-1], TorchTables())
     parameters = checkpoint.model
     if weights is None:
         spec = model_spec(trained.model, tokens=tokenizer.vocab_size)

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     import torch
 
     from research.core.evaluation.skills import Exam, Score
+    from research.core.run.loop import Summary
     from research.core.text.template import ChatTemplate
     from research.core.text.tokenizer import Tokenizer
     from research.core.torch.decoder import Decoder
     from research.core.torch.parallel import World
-    from research.core.torch.trainer import Summary, Trainer
+    from research.core.torch.trainer import Trainer
 
 
 @dataclass
@@ -209,7 +210,7 @@ def _adapted(decoder: Decoder):
 def train(job: Job, decoder: Decoder, data: Path) -> Trainer:
     """Run the training loop; the summary is in ``job.report`` afterwards."""
     from research.core.data.dataset import PackedDataset
-    from research.core.torch.resume import data_fingerprint
+    from research.core.run.identity import data_fingerprint
     from research.core.torch.trainer import Trainer
 
     held_out = PackedDataset(data / "eval")

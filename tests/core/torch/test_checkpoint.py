@@ -16,9 +16,10 @@ import torch
 
 from research.core.config.schema import LoraConfig
 from research.core.errors import Interrupted, UserError
+from research.core.run.checkpoint import PARTS, Checkpoint, Checkpoints, load_checkpoint
 from research.core.run.metrics import read_metrics
 from research.core.torch import checkpoint as module
-from research.core.torch.checkpoint import Checkpoint, Checkpoints, load_checkpoint, random_state, restore_random_state
+from research.core.torch.checkpoint import TorchTables, random_state, restore_random_state
 from tests.core.torch.training_case import MOE, config, train, write_data
 
 DROPOUT = LoraConfig(rank=4, dropout=0.2)
@@ -120,7 +121,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path,
     _same(weights, again)
     names = sorted(p.name for p in (tmp_path / "a" / "checkpoints").iterdir())
     assert names == ["damaged-step-00000008", "damaged-step-00000012", "step-00000004", "step-00000012"]
-    load_checkpoint(tmp_path / "a" / "checkpoints" / "step-00000012")  # written anew
+    load_checkpoint(tmp_path / "a" / "checkpoints" / "step-00000012", TorchTables())  # written anew
 
 
 def test_resume_of_a_finished_run_changes_nothing(tmp_path):
@@ -191,7 +192,7 @@ def test_resume_announces_changes_that_it_can_live_with(tmp_path, capsys):
 
 
 def test_checkpoint_round_trip_and_keep_last(tmp_path):
-    store = Checkpoints(tmp_path / "c", keep_last=2)
+    store = Checkpoints(tmp_path / "c", TorchTables(), keep_last=2)
     for step in (1, 2, 3):
         store.save(_checkpoint(step))
     store.wait()
@@ -199,11 +200,11 @@ def test_checkpoint_round_trip_and_keep_last(tmp_path):
     found = store.newest()
     assert found.meta["step"] == 3 and found.model["w"].tolist() == [3.0] * 4
     meta = json.loads((store.paths()[-1] / "meta.json").read_text())
-    assert set(meta["files"]) == {f"{part}.safetensors" for part in module.PARTS}
+    assert set(meta["files"]) == {f"{part}.safetensors" for part in PARTS}
 
 
 def test_error_while_writing_surfaces_and_the_former_checkpoint_stays(tmp_path, monkeypatch):
-    store = Checkpoints(tmp_path / "c", keep_last=1)
+    store = Checkpoints(tmp_path / "c", TorchTables(), keep_last=1)
     store.save(_checkpoint(1))
     store.wait()
 
@@ -229,7 +230,7 @@ def test_save_returns_before_the_disk_and_the_next_one_waits(tmp_path, monkeypat
         original(tensors, path)
 
     monkeypatch.setattr(module, "save_file", slow)
-    store = Checkpoints(tmp_path / "c", keep_last=5)
+    store = Checkpoints(tmp_path / "c", TorchTables(), keep_last=5)
     start = time.monotonic()
     store.save(_checkpoint(1))
     assert time.monotonic() - start < 0.08

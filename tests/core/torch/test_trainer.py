@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from research.core.config.schema import LoraConfig
 from research.core.data.dataset import PackedDataset
 from research.core.errors import Interrupted, UserError
+from research.core.run.flops import document_pairs, step_flops
 from research.core.run.folder import RunFolder
+from research.core.run.loop import planned_steps
 from research.core.run.metrics import read_metrics
-from research.core.torch.flops import document_pairs, step_flops
 from research.core.torch.parallel import World
-from research.core.torch.trainer import Trainer, planned_steps
+from research.core.torch.trainer import Trainer
 from tests.core.torch.training_case import MOE, config, decoder, spec, train, write_data
 
 CPU = World(torch.device("cpu"))

@@ -12,11 +12,12 @@ from research.core.config.schema import Config, LoraConfig
 from research.core.data.dataset import PackedDataset
 from research.core.data.folder import SplitWriter
 from research.core.run.folder import RunFolder
+from research.core.run.loop import Summary
 from research.core.spec import DecoderSpec, MoeSpec
 from research.core.torch.decoder import Decoder
 from research.core.torch.lora import add_lora
 from research.core.torch.parallel import World
-from research.core.torch.trainer import Summary, Trainer
+from research.core.torch.trainer import Trainer
 
 VOCAB = 61
 MOE = MoeSpec(experts=4, top_k=2, expert_ffn=16, shared_ffn=24)

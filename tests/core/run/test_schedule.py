@@ -8,7 +8,7 @@ import math
 import pytest
 
 from research.core.errors import ConfigError
-from research.core.torch.schedule import default_warmup, learning_rate, lr_factor
+from research.core.run.schedule import default_warmup, learning_rate, lr_factor
 
 COMMON = {"peak": 2.0, "min_ratio": 0.1, "decay_ratio": 0.2}
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
+from research.core.run.flops import step_flops
 from research.core.spec import DecoderSpec
-from research.core.torch.device import gemm_flops, peak_memory
-from research.core.torch.flops import step_flops
 
 
 @dataclass
@@ -26,15 +24,12 @@ class Window:
 
 
 class Meter:
-    """Counts steps; ``rates`` gives the rates since it was last asked and starts anew.
+    """Counts steps; ``rates`` gives the rates since it was last asked and starts anew."""
 
-    The roofline is the measured rate of a plain matmul of ``dtype`` on ``device``, times the number of cards.
-    """
-
-    def __init__(self, spec: DecoderSpec, device: torch.device, dtype: torch.dtype, cards: int, adapter: int | None):
-        """``adapter`` is the number of adapter parameters, None when all weights train."""
-        self.spec, self.device, self.adapter = spec, device, adapter
-        self.roofline = cards * gemm_flops(device, dtype)
+    def __init__(self, spec: DecoderSpec, roofline: float, peak_memory: Callable[[], int], adapter: int | None):
+        """``roofline``: measured operations a second of a plain matmul, over all cards. ``peak_memory``: most bytes in use
+        so far. ``adapter`` is the number of adapter parameters, None when all weights train."""
+        self.spec, self.roofline, self.peak_memory, self.adapter = spec, roofline, peak_memory, adapter
         self.window, self.total = Window(), Window()
 
     def add(self, tokens: int, targets: int, pairs: int, seconds: float) -> None:
@@ -67,5 +62,5 @@ class Meter:
             "tokens_per_second": window.tokens / seconds,
             "supervised_per_second": window.targets / seconds,
             "mfu": window.flops / seconds / self.roofline,
-            "memory": peak_memory(self.device),
+            "memory": self.peak_memory(),
         }
