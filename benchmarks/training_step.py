@@ -64,11 +64,11 @@ def main(argv: list[str]) -> int:
         try:
             for worker in workers.values():
                 worker.read()  # loaded
-            roof, results = run_rounds(workers, args.rounds)
+            roof, results, ended = run_rounds(workers, args.rounds)
         finally:
             for worker in workers.values():
                 worker.close()
-    report(args, spec, roof, results)
+    report(args, spec, roof, results, ended)
     return 0
 
 
@@ -138,15 +138,30 @@ class Worker:
         self.process.communicate()
 
 
-def run_rounds(workers: dict[str, Worker], rounds: int) -> tuple[Roofline, dict[str, list[dict]]]:
-    """Everybody's steps, and the best roofline of those measured between the rounds."""
+def run_rounds(workers: dict[str, Worker], rounds: int) -> tuple[Roofline, dict[str, list[dict]], dict[str, str]]:
+    """Everybody's steps, the best roofline of those measured between the rounds, and why a peer left.
+
+    A peer whose process ends (out of memory, most often) is said to have done so, and the others go on without it.
+    """
     results: dict[str, list[dict]] = {name: [] for name in workers}
+    ended: dict[str, str] = {}
     roof = None
     for number in range(rounds + 1):
         roof = measure(1.0).best(roof)
         for name, worker in workers.items():
+            if name in ended:
+                continue
             with Busy() as busy:
-                step = worker.step()
+                try:
+                    step = worker.step()
+                except RuntimeError:
+                    if name == "ours":
+                        raise
+                    status = worker.process.wait()
+                    ended[name] = "killed: out of memory" if status == -9 else f"exit status {status}"
+                    show(f"round {number} {name:8} {ended[name]}")
+                    results.pop(name)
+                    continue
             # the workers are not this process's finished children yet: their time counts as others'
             if busy.share is not None:
                 step["busy"] = max(0.0, busy.share - step["cpu_seconds"] / step["seconds"] / os.cpu_count())
@@ -156,10 +171,12 @@ def run_rounds(workers: dict[str, Worker], rounds: int) -> tuple[Roofline, dict[
                 f"loss {step['loss']:.4f}  peak {step['memory'] / 2**30:.2f} GiB  others {step.get('busy', 0):.0%}"
             )
     show(f"roofline {json.dumps(roof.to_json())}")
-    return roof, results
+    return roof, results, ended
 
 
-def report(args: argparse.Namespace, spec, roof: Roofline, results: dict[str, list[dict]]) -> None:
+def report(
+    args: argparse.Namespace, spec, roof: Roofline, results: dict[str, list[dict]], ended: dict[str, str]
+) -> None:
     from research.core.run.flops import step_flops
 
     summary = {}
@@ -198,7 +215,7 @@ def report(args: argparse.Namespace, spec, roof: Roofline, results: dict[str, li
         )
     result = {"benchmark": "training_step", "commit": commit(), **machine(), **roof.to_json()}
     result |= {"model": args.model, "layers": spec.layers, "method": args.method, "dtype": args.dtype}
-    result |= {"rows": args.rows, "seq_length": args.seq_length, "rounds": args.rounds, **summary}
+    result |= {"rows": args.rows, "seq_length": args.seq_length, "rounds": args.rounds, **summary, **ended}
     for peer in set(results) - {"ours"} if "ours" in results else ():
         # round by round, so that both sides of each ratio met the same disturbance
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(results["ours"][1:], results[peer][1:])]
