@@ -175,7 +175,9 @@ class Clock:
 
 
 def ours(decoder, new: int) -> Contender:
-    from research.core.torch.generate import Request, Runner, run_requests
+    from research.core.generation.loop import run_requests
+    from research.core.generation.requests import Request
+    from research.core.torch.generate import Runner
 
     runner = Runner(decoder)
 

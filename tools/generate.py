@@ -1,6 +1,6 @@
 """Greedy continuations of token-id prompts, without a tokenizer.
 
-    python tools/generate.py --weights DIR --input prompts.json --max-new-tokens 64 --output out.json
+    python tools/generate.py --weights DIR --input prompts.json --max-new-tokens 64 --output out.json [--backend mindspore]
 
 Reads ``{"prompts": [[ids], ...]}`` of different lengths and writes ``{"ids": [[prompt + new], ...]}`` in the same order.
 A row ends at one of the end tokens of ``generation_config.json`` or ``config.json`` (which it keeps) or after N tokens.
@@ -16,7 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from research.core.config.schema import DeviceConfig, GenerateConfig
 from research.core.errors import DataError, UserError, require_file, run_cli
+from research.core.generation.loop import run_requests
+from research.core.generation.requests import Request, check_request
+from research.core.run.folder import write_text
+from research.core.weights.generation import read_generation_defaults
+from research.tasks.framework import half
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,25 +39,15 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("there is no such folder", where=args.output.parent, hint="create it, or another --output")
     prompts = read_prompts(args.input)
 
-    import torch
-
-    from research.core.run.folder import write_text
-    from research.core.torch.generate import Request, Runner, check_request, generate
-    from research.core.torch.lora import load_adapter
-    from research.core.torch.weights import load_decoder
-    from research.core.weights.generation import read_generation_defaults
-
     eos_ids = read_generation_defaults(args.weights).eos_ids
-    decoder = load_decoder(args.weights, dtype=getattr(torch, args.dtype), device="cpu")
-    if args.adapter is not None:
-        load_adapter(decoder, args.adapter)
-    runner = Runner(decoder)
-    for number, prompt in enumerate(prompts):
-        check_request(Request(prompt, max_new_tokens=args.max_new_tokens), runner, f"{args.input}, prompt {number}")
-    new = generate(decoder, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos_ids, batch=args.batch)
-    write_text(
-        args.output, json.dumps({"ids": [prompt + ids for prompt, ids in zip(prompts, new, strict=True)]}) + "\n"
-    )
+    generate, device = GenerateConfig(dtype=DTYPES[args.dtype]), DeviceConfig(kind="cpu")
+    runner, _ = half(args.backend, "load_runner").load_runner(args.weights, generate, device, args.adapter)
+    requests = [Request(prompt, max_new_tokens=args.max_new_tokens) for prompt in prompts]
+    for number, request in enumerate(requests):
+        check_request(request, runner.spec.vocab, runner.length_limit, f"{args.input}, prompt {number}")
+    results = run_requests(runner, requests, eos_ids, batch=args.batch)
+    rows = [prompt + result.ids for prompt, result in zip(prompts, results, strict=True)]
+    write_text(args.output, json.dumps({"ids": rows}) + "\n")
     return 0
 
 
@@ -60,7 +58,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, required=True)
     parser.add_argument("--output", type=Path, required=True, help='JSON: {"ids": [[prompt + new], ...]}')
     parser.add_argument("--adapter", type=Path, help="PEFT adapter folder put on the weights")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--backend", choices=("torch", "mindspore"), default="torch")
     parser.add_argument("--batch", type=int, default=8, help="prompts that run at a time (default 8)")
     return parser.parse_args(argv)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from research.core.config.schema import Config
 from research.core.errors import ConfigError, WeightsError
+from research.core.generation.loop import Runner
+from research.core.generation.sampling import Sampling
 from research.core.text.template import ChatTemplate
 from research.core.text.tokenizer import Tokenizer
 from research.core.weights.generation import GenerationDefaults, read_generation_defaults
+from research.tasks.framework import half
 from research.tasks.sources import (
     NOTE_FILE,
     check_architecture,
@@ -20,10 +22,6 @@ from research.tasks.sources import (
     resolve_weights,
     say,
 )
-
-if TYPE_CHECKING:
-    from research.core.torch.generate import Runner
-    from research.core.torch.sampler import Sampling
 
 
 @dataclass(frozen=True)
@@ -57,36 +55,17 @@ def load_model(cfg: Config) -> Model:
             cfg.generate.system = read_note(folder).get("system")
     defaults = read_generation_defaults(weights)
     sampling = choose_sampling(cfg, defaults)
-
-    from research.core.torch.device import resolve_device, resolve_dtype
-    from research.core.torch.generate import Runner
-    from research.core.torch.lora import load_adapter
-    from research.core.torch.packed_linear import pack_frozen_linears
-    from research.core.torch.weights import load_decoder
-
-    device = resolve_device(cfg.device)
-    dtype = resolve_dtype(cfg.generate.dtype, device)
-    decoder = load_decoder(
-        weights, dtype=dtype, device=device, attention=cfg.device.attention, allow_pickle=cfg.allow_pickle
-    )
-    if tokenizer.vocab_size > decoder.spec.vocab:
+    load_runner = half(cfg.backend, "load_runner").load_runner
+    runner, how = load_runner(weights, cfg.generate, cfg.device, cfg.adapter, cfg.allow_pickle)
+    if tokenizer.vocab_size > runner.spec.vocab:
         raise WeightsError(
-            f"the vocabulary has {tokenizer.vocab_size} tokens, the weights only {decoder.spec.vocab}",
+            f"the vocabulary has {tokenizer.vocab_size} tokens, the weights only {runner.spec.vocab}",
             where=cfg.tokenizer or weights,
             hint="TOKENIZER=<the folder that belongs to these weights>",
         )
-    if cfg.adapter:
-        load_adapter(decoder, cfg.adapter, allow_pickle=cfg.allow_pickle)
-    pack_frozen_linears(decoder.requires_grad_(False))
     name = f"{weights} + {cfg.adapter}" if cfg.adapter else weights
-    say(f"{cfg.model.name} from {name}, {str(dtype).removeprefix('torch.')} on {device}")
-    return Model(
-        Runner(decoder, compiled=cfg.generate.compile),
-        tokenizer,
-        template,
-        sampling,
-        end_tokens(cfg, defaults, tokenizer),
-    )
+    say(f"{cfg.model.name} from {name}, {how}")
+    return Model(runner, tokenizer, template, sampling, end_tokens(cfg, defaults, tokenizer))
 
 
 def end_tokens(cfg: Config, defaults: GenerationDefaults, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -97,8 +76,6 @@ def end_tokens(cfg: Config, defaults: GenerationDefaults, tokenizer: Tokenizer) 
 
 def choose_sampling(cfg: Config, defaults: GenerationDefaults) -> Sampling:
     """``generate.*`` where it is set, else the checkpoint's ``generation_config.json``, else greedy."""
-    from research.core.torch.sampler import Sampling
-
     chosen = {
         name: getattr(defaults if getattr(cfg.generate, name) is None else cfg.generate, name)
         for name in ("temperature", "top_k", "top_p", "repetition_penalty")

@@ -10,15 +10,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from research.core.config.schema import Config
 from research.core.errors import ConfigError, UserError
+from research.core.generation.requests import check_room
+from research.core.generation.session import ChatSession
 from research.core.run.folder import write_text
 from research.tasks.answering import load_model
-
-if TYPE_CHECKING:
-    from research.core.torch.session import ChatSession
 
 HELP = """\
 /help         this text
@@ -46,10 +45,6 @@ def run(cfg: Config) -> int:
 def open_session(cfg: Config) -> ChatSession:
     """Load the model of ``cfg`` and begin a conversation with it."""
     model = load_model(cfg)
-
-    from research.core.torch.generate import check_room
-    from research.core.torch.session import ChatSession
-
     # One token of a message at least; what a real one needs is known when it is typed.
     check_room(1, cfg.generate.max_new_tokens, model.runner.length_limit, "generate.max_new_tokens")
     return ChatSession(

@@ -12,6 +12,9 @@ from typing import Any
 
 from research.core.config.schema import Config
 from research.core.errors import DataError, UserError, require_file
+from research.core.generation.loop import run_requests
+from research.core.generation.requests import Request, check_request
+from research.core.generation.stream import TextStream
 from research.tasks.answering import Model, load_model
 from research.tasks.sources import say
 
@@ -56,9 +59,6 @@ def answer_file(cfg: Config, model: Model, questions: list[Question], prompts: l
 def _answers(
     cfg: Config, model: Model, questions: list[Question], prompts: list[list[int]], stream: bool = False
 ) -> list[str]:
-    from research.core.torch.generate import Request, check_request, run_requests
-    from research.core.torch.stream import TextStream
-
     texts = [TextStream(model.tokenizer, hidden=model.eos_ids, stop=cfg.generate.stop) for _ in questions]
 
     def on_token(row: int, token: int) -> bool:
@@ -71,7 +71,7 @@ def _answers(
 
     requests = [Request(prompt, model.sampling, cfg.generate.max_new_tokens) for prompt in prompts]
     for question, request in zip(questions, requests):
-        check_request(request, model.runner, question.where)
+        check_request(request, model.runner.spec.vocab, model.runner.length_limit, question.where)
     start = time.perf_counter()
     results = run_requests(model.runner, requests, model.eos_ids, on_token, cfg.generate.batch)
     for text in texts:

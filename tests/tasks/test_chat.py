@@ -33,7 +33,7 @@ class _Echo:
         self.messages = []
 
     def reply(self, message, on_text, stopped=(), on_trim=None):
-        from research.core.torch.session import Reply
+        from research.core.generation.session import Reply
 
         if message == "trim":
             on_trim(2, 100)

@@ -1,4 +1,4 @@
-"""Autoregressive generation against a static key/value cache: prefill, then one step per token.
+"""Autoregressive generation on torch against a static key/value cache: prefill, then one step per token.
 
 Shape letters: B rows of the running batch, T time, V vocabulary. Rows of a batch may have different lengths: prompts
 are padded on the right for the prefill, each row's real tokens take the first slots of its cache row, and positions
@@ -7,40 +7,23 @@ count real tokens, so a row's answer is the one it gets alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from research.core.errors import UserError
+from research.core.generation.loop import run_requests
+from research.core.generation.requests import OnToken, as_requests
+from research.core.generation.sampling import Sampling
+from research.core.spec import DecoderSpec
 from research.core.torch.cache import KVCache
 from research.core.torch.compiled_step import CompiledStep
 from research.core.torch.decode_step import MOST_ROWS, DecodeStep
 from research.core.torch.decoder import Decoder
 from research.core.torch.layout import Layout
 from research.core.torch.rotary import ntk_alpha
-from research.core.torch.sampler import Sampler, Sampling
-
-# Called with (request number, token) for every new token; a true result ends that request.
-OnToken = Callable[[int, int], "bool | None"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt (token ids, at least one) and how to continue it."""
-
-    prompt: Sequence[int]
-    sampling: Sampling = field(default_factory=Sampling)
-    max_new_tokens: int = 256
-
-
-@dataclass(frozen=True)
-class Result:
-    """New tokens (the end token included) and why they ended: ``eos``, ``length`` or ``stop`` (the callback said so)."""
-
-    ids: list[int]
-    reason: str
+from research.core.torch.sampler import Sampler
 
 
 class Runner:
@@ -51,16 +34,31 @@ class Runner:
     """
 
     def __init__(self, decoder: Decoder, compiled: bool = False):
-        self.decoder, self.compiled = decoder, compiled
+        self.decoder = decoder
+        self.fixed_rows = compiled  # a compiled step keeps its shapes
         weight = decoder.model.embed_tokens.weight
         self.dtype, self.device = weight.dtype, weight.device
         self._compiled_step = CompiledStep(decoder) if compiled else None
         self._native_step = DecodeStep(decoder) if not compiled and DecodeStep.fits(decoder) else None
 
     @property
+    def spec(self) -> DecoderSpec:
+        return self.decoder.spec
+
+    @property
     def length_limit(self) -> int:
         """Prompt and answer together may not be longer, in tokens."""
         return self.decoder.spec.usable_length
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In evaluation mode inside, as before after it."""
+        was_training = self.decoder.training
+        self.decoder.eval()
+        try:
+            yield
+        finally:
+            self.decoder.train(was_training)
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         return KVCache(self.decoder.spec, batch, length, self.dtype, self.device)
@@ -90,14 +88,20 @@ class Runner:
         return self.decoder.logits(hidden_BTH[rows, lengths.to(self.device) - 1]).float()
 
     @torch.inference_mode()
-    def step(self, cache: KVCache, tokens: Sequence[int]) -> Tensor:
-        """One more token in every row -> float32 logits [B, V]."""
+    def step(self, cache: KVCache, tokens: Sequence[int], greedy: bool = False) -> Tensor:
+        """One more token in every row -> float32 logits [B, V], also when only the largest one's place is wanted."""
         if self._compiled_step is not None:
             return self._compiled_step(cache, tokens)
         if self._native_step is not None and len(tokens) <= MOST_ROWS:
             return self._native_step(cache, tokens)
         ids_B1 = torch.tensor(tokens, dtype=torch.long)[:, None].to(self.device)
         return self.decoder.logits(self.decoder.hidden(ids_B1, None, cache)[:, 0]).float()
+
+    def finite(self, logits_BV: Tensor) -> bool:
+        return bool(torch.isfinite(logits_BV).all())
+
+    def sampler(self, samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> Sampler:
+        return Sampler(samplings, prompts, self.spec.vocab)
 
 
 def generate(
@@ -113,125 +117,8 @@ def generate(
     """Continue token-id ``prompts``; returns the new tokens of each, in order, an end token included.
 
     ``sampling`` is one for all or one per prompt (None: greedy). Prompts run ``batch`` at a time, those of like length
-    together; ``compiled`` runs the steps through torch.compile. Raises :class:`UserError` before anything is computed when a prompt is empty, has an id outside the
-    vocabulary, or does not leave room for ``max_new_tokens``.
+    together; ``compiled`` runs the steps through torch.compile. Raises :class:`UserError` before anything is computed when
+    a prompt is empty, has an id outside the vocabulary, or does not leave room for ``max_new_tokens``.
     """
-    if not isinstance(sampling, Sequence):
-        sampling = [sampling or Sampling()] * len(prompts)
-    requests = [Request(p, s, max_new_tokens) for p, s in zip(prompts, sampling, strict=True)]
+    requests = as_requests(prompts, sampling, max_new_tokens)
     return [result.ids for result in run_requests(Runner(decoder, compiled), requests, eos_ids, on_token, batch)]
-
-
-def run_requests(
-    runner: Runner,
-    requests: Sequence[Request],
-    eos_ids: Collection[int] = (),
-    on_token: OnToken | None = None,
-    batch: int = 8,
-) -> list[Result]:
-    """Run all ``requests``, at most ``batch`` at a time, and return their results in order. Raises as :func:`generate`."""
-    for number, request in enumerate(requests):
-        check_request(request, runner, f"prompt {number}")
-    was_training = runner.decoder.training
-    runner.decoder.eval()  # Qwen v1's length rules act in evaluation mode only
-    try:
-        results: list[Result | None] = [None] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
-        for begin in range(0, len(order), batch):
-            chosen = order[begin : begin + batch]
-            part = [requests[i] for i in chosen]
-            for i, result in zip(chosen, _run_batch(runner, part, eos_ids, _renumbered(on_token, chosen))):
-                results[i] = result
-        return results
-    finally:
-        runner.decoder.train(was_training)
-
-
-def _renumbered(on_token: OnToken | None, numbers: Sequence[int]) -> OnToken | None:
-    return None if on_token is None else lambda row, token: on_token(numbers[row], token)
-
-
-def _run_batch(
-    runner: Runner, requests: Sequence[Request], eos_ids: Collection[int], on_token: OnToken | None
-) -> list[Result]:
-    length = max(len(r.prompt) for r in requests) + max(r.max_new_tokens for r in requests)
-    cache = runner.new_cache(len(requests), length)
-    logits_BV = runner.prefill(cache, [r.prompt for r in requests])
-    return continue_from(runner, cache, logits_BV, requests, eos_ids, on_token)
-
-
-def continue_from(
-    runner: Runner,
-    cache: KVCache,
-    logits_BV: Tensor,
-    requests: Sequence[Request],
-    eos_ids: Collection[int] = (),
-    on_token: OnToken | None = None,
-) -> list[Result]:
-    """Sample and step until every request has ended. ``cache`` holds the prompts, ``logits_BV`` what follows them.
-
-    Afterwards the cache holds, for a single request, its prompt and its answer without the last token.
-    """
-    if not bool(torch.isfinite(logits_BV).all()):
-        raise UserError(
-            "the model's logits are not finite",
-            where="the prompt's last token",
-            hint="generate.dtype=fp32, or check the weights",
-        )
-    eos = frozenset(eos_ids)
-    sampler = Sampler([r.sampling for r in requests], [r.prompt for r in requests], runner.decoder.spec.vocab)
-    answers: list[list[int]] = [[] for _ in requests]
-    reasons = ["length"] * len(requests)
-    rows = list(range(len(requests)))  # the request in each row of the cache
-    going = [row for row in rows if requests[row].max_new_tokens > 0]  # rows of the cache that still run
-    while going:
-        chosen = sampler(logits_BV if len(going) == len(rows) else logits_BV[going], [rows[place] for place in going])
-        tokens, still = [0] * len(rows), []
-        for place, token in zip(going, chosen):
-            row = rows[place]
-            answers[row].append(token)
-            told_to_stop = on_token is not None and bool(on_token(row, token))
-            if token in eos:
-                reasons[row] = "eos"
-            elif told_to_stop:
-                reasons[row] = "stop"
-            elif len(answers[row]) < requests[row].max_new_tokens:
-                tokens[place] = token
-                still.append(place)
-        if still and len(still) < len(rows) and not runner.compiled:  # a compiled step keeps its shapes
-            cache.keep(still)
-            rows, tokens = [rows[place] for place in still], [tokens[place] for place in still]
-            still = list(range(len(rows)))
-        going = still
-        if going:
-            logits_BV = runner.step(cache, tokens)
-    return [Result(ids, reason) for ids, reason in zip(answers, reasons)]
-
-
-def check_request(request: Request, runner: Runner, name: str) -> None:
-    """Raise :class:`UserError` when ``request`` cannot be run; ``name`` says which one it is."""
-    if not request.prompt:
-        raise UserError("is empty: a model continues at least one token", where=name, hint="give it some text")
-    if request.max_new_tokens < 0:
-        raise UserError(
-            f"{request.max_new_tokens} new tokens cannot be generated", where=name, hint="a positive number"
-        )
-    vocab = runner.decoder.spec.vocab
-    wrong = [i for i in request.prompt if not 0 <= i < vocab]
-    if wrong:
-        raise UserError(
-            f"token id {wrong[0]} is outside the model's vocabulary of {vocab}",
-            where=name,
-            hint="use the tokenizer that belongs to these weights",
-        )
-    check_room(len(request.prompt), request.max_new_tokens, runner.length_limit, name)
-
-
-def check_room(prompt_tokens: int, new_tokens: int, limit: int, name: str) -> None:
-    """Raise :class:`UserError` when prompt and new tokens together are more than ``limit``."""
-    if prompt_tokens + new_tokens > limit:
-        room = limit - prompt_tokens
-        hint = f"at most {room} new tokens (generate.max_new_tokens={room})" if room > 0 else "a shorter prompt"
-        raise UserError(
-            f"{prompt_tokens} tokens and {new_tokens} new ones are more than the model's {limit}", where=name, hint=hint
-        )

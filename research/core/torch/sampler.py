@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p and repetition penalty.
+"""From logits to the next token where the logits lie: the sampler of :mod:`research.core.generation.sampler` in torch.
 
 The order and the meaning of each filter are those of transformers' ``generate``: repetition penalty, temperature,
 top-k, top-p. Shape letters: B rows, V vocabulary, K candidates that are left after the filters.
@@ -6,50 +6,11 @@ top-k, top-p. Shape letters: B rows, V vocabulary, K candidates that are left af
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from research.core.errors import ConfigError
-
-# With top-p alone the whole vocabulary would have to be sorted; the nucleus nearly always lies in this many.
-_NUCLEUS_GUESS = 1024
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one request chooses its tokens.
-
-    ``temperature=0`` is greedy (the repetition penalty still applies). ``top_k=0`` and ``top_p=1`` filter nothing.
-    ``repetition_penalty`` divides the positive and multiplies the negative logits of every token that is already in the
-    prompt or the answer (CTRL, arXiv 1909.05858). ``seed`` starts the request's own random stream.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        _require(
-            math.isfinite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or more"
-        )
-        _require(self.top_k >= 0, "top_k", self.top_k, "0 (no limit) or more")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        penalty = self.repetition_penalty
-        _require(math.isfinite(penalty) and penalty > 0, "repetition_penalty", penalty, "above 0; 1 is none")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
-
-def _require(holds: bool, name: str, value: float, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{value} is not possible", where=f"generate.{name}", hint=f"a value {allowed}")
+from research.core.generation.sampling import NUCLEUS_GUESS, Sampling
 
 
 class Sampler:
@@ -61,7 +22,7 @@ class Sampler:
 
     def __init__(self, samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]], vocab: int):
         self.samplings = list(samplings)
-        self.plain_greedy = all(s.greedy and s.repetition_penalty == 1 for s in self.samplings)
+        self.plain_greedy = all(s.plain_greedy for s in self.samplings)
         self._generators = [torch.Generator().manual_seed(s.seed) for s in self.samplings]
         self._seen: list[torch.Tensor | None] = [None] * len(self.samplings)
         for row, (sampling, prompt) in enumerate(zip(self.samplings, prompts, strict=True)):
@@ -117,7 +78,7 @@ def candidates(scores_V: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor
         log_total = torch.logsumexp(scores_V, -1)
         if sampling.top_p == 1:
             return torch.exp(scores_V - log_total), torch.arange(vocab, device=scores_V.device)
-        scores_K, ids_K = torch.topk(scores_V, min(_NUCLEUS_GUESS, vocab))
+        scores_K, ids_K = torch.topk(scores_V, min(NUCLEUS_GUESS, vocab))
         if torch.exp(torch.logsumexp(scores_K, -1) - log_total) < sampling.top_p:
             scores_K, ids_K = scores_V.sort(descending=True)
     probs_K = torch.exp(scores_K - log_total)

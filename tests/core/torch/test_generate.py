@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from research.core.errors import UserError
+from research.core.generation.loop import continue_from, run_requests
+from research.core.generation.requests import Request
+from research.core.generation.sampling import Sampling
 from research.core.spec import DecoderSpec, MoeSpec, RopeScaling, spec_to_hf
 from research.core.torch.decode_step import DecodeStep
 from research.core.torch.decoder import Decoder
-from research.core.torch.generate import Request, Runner, continue_from, generate, run_requests
-from research.core.torch.sampler import Sampling
+from research.core.torch.generate import Runner, generate
 
 BASE = DecoderSpec(
     "qwen2", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=199, max_positions=256, init_range=0.2

@@ -13,7 +13,8 @@ from transformers.generation.logits_process import (
 )
 
 from research.core.errors import ConfigError
-from research.core.torch.sampler import Sampler, Sampling, candidates, draw, penalize
+from research.core.generation.sampling import Sampling
+from research.core.torch.sampler import Sampler, candidates, draw, penalize
 
 VOCAB = 3000
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 
 from research.core.errors import UserError
+from research.core.generation.sampling import Sampling
+from research.core.generation.session import ChatSession
 from research.core.spec import DecoderSpec
 from research.core.text.builtin import builtin_tokenizer
 from research.core.text.template import get_template
 from research.core.torch.decoder import Decoder
 from research.core.torch.generate import Runner, generate
-from research.core.torch.sampler import Sampling
-from research.core.torch.session import ChatSession
 
 MESSAGES = ["Hello there", "And now?", "你好", "Count to three", "Thanks, that is all", "One more"]
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from research.core.errors import UserError
+from research.core.generation.loop import Cache, Runner, continue_from
+from research.core.generation.requests import Request, check_room
+from research.core.generation.sampling import Sampling
+from research.core.generation.stream import TextStream
 from research.core.text.template import ChatTemplate
 from research.core.text.tokenizer import Tokenizer
-from research.core.torch.cache import KVCache
-from research.core.torch.generate import Request, Runner, check_room, continue_from
-from research.core.torch.sampler import Sampling
-from research.core.torch.stream import TextStream
 
 _CACHE_STEP = 1024  # positions by which the conversation's cache grows
 
@@ -54,7 +54,7 @@ class ChatSession:
         self.messages: list[dict] = []
         self._first = 0  # messages before this one are out of the context
         self._turn = 0
-        self._cache: KVCache | None = None
+        self._cache: Cache | None = None
         self._cached: list[int] = []
 
     @property

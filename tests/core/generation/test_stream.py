@@ -6,7 +6,7 @@ import codecs
 
 import pytest
 
-from research.core.torch.stream import TextStream
+from research.core.generation.stream import TextStream
 
 TEXT = "naïve 你好 🙂 end"
 

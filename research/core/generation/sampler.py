@@ -1,0 +1,109 @@
+"""From logits to the next token in numpy: greedy, temperature, top-k, top-p and repetition penalty.
+
+The order and the meaning of each filter are those of transformers' ``generate``: repetition penalty, temperature,
+top-k, top-p. Logits that lie on a torch device are filtered there (:mod:`research.core.torch.sampler`), to the same
+tokens. Shape letters: B rows, V vocabulary, K candidates that are left after the filters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from research.core.generation.sampling import NUCLEUS_GUESS, Sampling, UniformStream
+
+
+class Sampler:
+    """The random streams and seen tokens of a batch of requests.
+
+    ``samplings`` and ``prompts`` have one entry per row. Each row draws exactly one number per token from a stream of
+    its own, so its answer does not depend on what else is in the batch.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]], vocab: int):
+        self.samplings = list(samplings)
+        self.plain_greedy = all(s.plain_greedy for s in self.samplings)
+        self._streams = [UniformStream(s.seed) for s in self.samplings]
+        self._seen: list[np.ndarray | None] = [None] * len(self.samplings)
+        for row, (sampling, prompt) in enumerate(zip(self.samplings, prompts, strict=True)):
+            if sampling.repetition_penalty != 1:
+                self._seen[row] = np.zeros(vocab, bool)
+                self._seen[row][np.asarray(prompt, np.int64)] = True
+
+    def __call__(self, logits_BV: np.ndarray, rows: Sequence[int] | None = None) -> list[int]:
+        """Choose one token for each of ``rows`` (default: all, in order) from float ``logits_BV``, one line per row.
+
+        Integers [B] are tokens that a greedy graph has chosen already.
+        """
+        if logits_BV.ndim == 1:
+            assert self.plain_greedy
+            return logits_BV.tolist()
+        if self.plain_greedy:
+            return logits_BV.argmax(-1).tolist()
+        rows = range(len(self.samplings)) if rows is None else rows
+        return [self._choose(logits_V, row) for logits_V, row in zip(logits_BV, rows, strict=True)]
+
+    def _choose(self, logits_V: np.ndarray, row: int) -> int:
+        sampling, seen = self.samplings[row], self._seen[row]
+        scores_V = np.asarray(logits_V, np.float32)
+        if seen is not None:
+            scores_V = penalize(scores_V, seen, sampling.repetition_penalty)
+        if sampling.greedy:
+            token = int(scores_V.argmax())
+        else:
+            probs_K, ids_K = candidates(scores_V, sampling)
+            token = int(ids_K[draw(probs_K, self._streams[row]())])
+        if seen is not None:
+            seen[token] = True
+        return token
+
+
+def penalize(scores_V: np.ndarray, seen_V: np.ndarray, penalty: float) -> np.ndarray:
+    """``scores_V`` with the repetition penalty on the tokens marked in the boolean ``seen_V``."""
+    penalty = np.float32(penalty)
+    return np.where(seen_V, np.where(scores_V < 0, scores_V * penalty, scores_V / penalty), scores_V)
+
+
+def candidates(scores_V: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that temperature, top-k and top-p leave: probabilities (float32, falling, sum 1) and ids, both [K].
+
+    As in transformers, ties with the k-th score stay, and a token stays while the mass before it is below ``top_p``.
+    """
+    scores_V = scores_V / np.float32(sampling.temperature)
+    vocab = scores_V.shape[-1]
+    if sampling.top_k and sampling.top_k < vocab:
+        least = np.partition(scores_V, vocab - sampling.top_k)[vocab - sampling.top_k]
+        scores_K, ids_K = _falling(scores_V, np.flatnonzero(scores_V >= least))
+        log_total = _log_sum(scores_K)
+    else:
+        log_total = _log_sum(scores_V)
+        if sampling.top_p == 1:
+            return np.exp(scores_V - log_total), np.arange(vocab)
+        guess = min(NUCLEUS_GUESS, vocab)
+        scores_K, ids_K = _falling(scores_V, np.argpartition(scores_V, vocab - guess)[vocab - guess :])
+        if np.exp(_log_sum(scores_K) - log_total) < sampling.top_p:
+            scores_K, ids_K = _falling(scores_V, np.arange(vocab))
+    probs_K = np.exp(scores_K - log_total)
+    if sampling.top_p < 1:
+        wide_K = probs_K.astype(np.float64)
+        kept = max(1, int((wide_K.cumsum() - wide_K < sampling.top_p).sum()))
+        probs_K, ids_K = probs_K[:kept] / probs_K[:kept].sum(), ids_K[:kept]
+    return probs_K, ids_K
+
+
+def draw(probs_K: np.ndarray, number: float) -> int:
+    """An index into ``probs_K``, by inverting its cumulative sum at the uniform ``number``."""
+    cumulative_K = probs_K.astype(np.float64).cumsum()
+    return min(int(np.searchsorted(cumulative_K, number * cumulative_K[-1], side="right")), len(cumulative_K) - 1)
+
+
+def _falling(scores_V: np.ndarray, ids_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    ids_K = np.sort(ids_K)  # of equal scores the smaller id first
+    order = np.argsort(-scores_V[ids_K], kind="stable")
+    return scores_V[ids_K[order]], ids_K[order]
+
+
+def _log_sum(scores: np.ndarray) -> np.float32:
+    largest = scores.max()
+    return np.float32(largest + np.log(np.exp((scores - largest).astype(np.float64)).sum()))
