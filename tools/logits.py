@@ -1,6 +1,7 @@
 """Logits of every position for given token ids: the program by which conversions and backends are compared.
 
     python tools/logits.py --weights DIR --ids ids.npz --out out.npz [--adapter DIR] [--dtype float32] [--prefill N]
+                           [--backend torch|mindspore]
 
 ``ids.npz`` holds ``input_ids`` (integers, batch x time) and optionally ``attention_mask`` of the same shape (rows
 padded left or right); ``out.npz`` gets ``input_ids`` and ``logits`` (float32, batch x time x vocabulary). At padding
@@ -39,17 +40,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin weights, if you trust their source")
     args = parser.parse_args(argv)
 
-    if args.backend == "mindspore":
-        raise UserError(
-            "there is no MindSpore decoder in this version", where="--backend mindspore", hint="--backend torch"
-        )
     ids_BT, mask_BT = read_ids(args.ids)
     out = Path(args.out).expanduser()
     if out.is_dir():
         raise UserError("this is a folder; a file is written", where=f"--out {out}")
     if args.prefill is not None and not 1 <= args.prefill <= ids_BT.shape[1]:
         raise UserError(f"--prefill {args.prefill} is outside 1..{ids_BT.shape[1]}, the length of the rows")
-    vocab, blocks = torch_backend(args, ids_BT, mask_BT)
+    backend = torch_backend if args.backend == "torch" else mindspore_backend
+    vocab, blocks = backend(args, ids_BT, mask_BT)
     write_npz(out, ids_BT, vocab, blocks)
 
 
@@ -101,11 +99,7 @@ def torch_backend(args, ids_BT: np.ndarray, mask_BT: np.ndarray | None) -> tuple
         load_adapter(decoder, args.adapter, allow_pickle=args.allow_pickle)
         decoder.eval()
     spec = decoder.spec
-    check_ids(ids_BT, spec.vocab, args.ids)
-    if ids_BT.shape[1] > spec.usable_length:
-        print(f"note: {ids_BT.shape[1]} positions, the model is made for {spec.usable_length}", file=sys.stderr)
-    if args.prefill is not None and not spec.causal:
-        raise UserError("--prefill needs a causal model; this one sees both ways", where=args.weights)
+    check_request(args, ids_BT, spec)
     ids = torch.from_numpy(ids_BT)
     mask = None if mask_BT is None else torch.from_numpy(mask_BT)
     compute = whole if args.prefill is None else stepwise(args.prefill)
@@ -119,11 +113,95 @@ def torch_backend(args, ids_BT: np.ndarray, mask_BT: np.ndarray | None) -> tuple
             hidden_BTH = compute(decoder, ids[begin : begin + rows], part)
             for row, hidden_TH in enumerate(hidden_BTH, begin):
                 for start in range(0, len(hidden_TH), positions):
-                    logits = decoder.logits(hidden_TH[start : start + positions]).float()
+                    logits = decoder.logits(hidden_TH[start : start + positions]).float().numpy()
                     check_finite(logits, row, start)
-                    yield logits.numpy()
+                    yield logits
 
     return spec.vocab, blocks()
+
+
+def mindspore_backend(args, ids_BT: np.ndarray, mask_BT: np.ndarray | None) -> tuple[int, Iterator[np.ndarray]]:
+    """The same from MindSpore's decoder. Shapes stay the same from block to block, since each is compiled."""
+    from research.core.config.schema import DeviceConfig
+    from research.core.mindspore import runtime
+
+    runtime.start(DeviceConfig())
+    from mindspore import Tensor
+
+    from research.core.mindspore.decode import Head
+    from research.core.mindspore.weights import load_decoder
+
+    decoder = load_decoder(args.weights, args.dtype, allow_pickle=args.allow_pickle)
+    if args.adapter:
+        from research.core.mindspore.lora import load_adapter
+
+        load_adapter(decoder, args.adapter, allow_pickle=args.allow_pickle)
+    spec, head = decoder.spec, Head(decoder)
+    check_request(args, ids_BT, spec)
+    mask_BT = np.ones(ids_BT.shape, bool) if mask_BT is None else mask_BT
+    states_of = mindspore_whole(decoder) if args.prefill is None else mindspore_stepwise(decoder, args.prefill)
+
+    def blocks() -> Iterator[np.ndarray]:
+        rows = min(len(ids_BT), max(1, TOKENS_AT_ONCE // ids_BT.shape[1]))
+        positions = min(ids_BT.shape[1], max(1, LOGITS_AT_ONCE // spec.vocab))
+        for begin in range(0, len(ids_BT), rows):
+            chosen = np.minimum(np.arange(begin, begin + rows), len(ids_BT) - 1)  # the last rows repeat the last one
+            states_BTH = states_of(ids_BT[chosen], mask_BT[chosen])[: len(ids_BT) - begin]
+            for row, states_TH in enumerate(states_BTH, begin):
+                for start in range(0, len(states_TH), positions):
+                    part = states_TH[start : start + positions]
+                    filled = np.concatenate((part, np.zeros((positions - len(part), part.shape[1]), part.dtype)))
+                    logits = head(Tensor(filled)).asnumpy()[: len(part)]
+                    check_finite(logits, row, start)
+                    yield logits
+
+    return spec.vocab, blocks()
+
+
+def mindspore_whole(decoder) -> Callable:
+    from mindspore import Tensor
+
+    from research.core.mindspore.decode import States
+    from research.core.mindspore.layout import Layout, rope_base
+
+    states = States(decoder)
+
+    def compute(ids_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+        layout = Layout.padded(mask_BT)
+        base = rope_base(decoder.spec, layout.lengths)
+        inputs = [ids_BT.astype(np.int32), layout.positions, layout.documents, *([] if base is None else [base])]
+        return states(*map(Tensor, inputs)).asnumpy()
+
+    return compute
+
+
+def mindspore_stepwise(decoder, prompt: int) -> Callable:
+    """What is real of the first ``prompt`` columns is one forward, every further column a step."""
+    from research.core.mindspore.cache import Runner
+
+    def compute(ids_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+        runner = Runner(decoder, ids_BT.shape[1], states=True)
+        real = mask_BT[:, :prompt]
+        # A row that begins later has a token of filling here, which its first one overwrites.
+        prompts = [row[kept].tolist() or [0] for row, kept in zip(ids_BT[:, :prompt], real)]
+        found, cache = runner.prefill(prompts, prompt)
+        cache.lengths = real.sum(1).astype(np.int32)
+        out = np.zeros((*ids_BT.shape, found.shape[-1]), found.dtype)
+        for row, kept in enumerate(real):
+            out[row, :prompt][kept] = found[row, : int(kept.sum())]
+        for column in range(prompt, ids_BT.shape[1]):
+            out[:, column] = runner.step(cache, ids_BT[:, column], mask_BT[:, column])
+        return out
+
+    return compute
+
+
+def check_request(args, ids_BT: np.ndarray, spec) -> None:
+    check_ids(ids_BT, spec.vocab, args.ids)
+    if ids_BT.shape[1] > spec.usable_length:
+        print(f"note: {ids_BT.shape[1]} positions, the model is made for {spec.usable_length}", file=sys.stderr)
+    if args.prefill is not None and not spec.causal:
+        raise UserError("--prefill needs a causal model; this one sees both ways", where=args.weights)
 
 
 def check_ids(ids_BT: np.ndarray, vocab: int, path: str) -> None:
@@ -138,10 +216,10 @@ def check_ids(ids_BT: np.ndarray, vocab: int, path: str) -> None:
         )
 
 
-def check_finite(logits, row: int, start: int) -> None:
-    finite = logits.isfinite().all(-1)
-    if not bool(finite.all()):
-        place = start + int((~finite).nonzero()[0])
+def check_finite(logits: np.ndarray, row: int, start: int) -> None:
+    finite = np.isfinite(logits).all(-1)
+    if not finite.all():
+        place = start + int(np.flatnonzero(~finite)[0])
         raise UserError(
             f"the logits of row {row} are not finite from position {place} on",
             hint="--dtype float32; if that does not help, the weights hold NaN or infinity",

@@ -133,7 +133,6 @@ def test_unusable_input_ends_with_2_and_leaves_no_file(tool, tmp_path, models, c
         ({"input_ids": good}, ["--ids", str(tmp_path / "none.npz")], "file of token ids not found"),
         ({"input_ids": good}, ["--ids", str(tmp_path / "text.npz")], "not an .npz"),
         ({"input_ids": good}, ["--adapter", str(tmp_path)], "adapter"),
-        ({"input_ids": good}, ["--backend", "mindspore"], "no MindSpore decoder"),
     ]
     runs = []
     for number, (arrays, options, _) in enumerate(cases):

@@ -39,21 +39,20 @@ class KVCache:
 
 class Runner:
     """Prefill and decode steps of one decoder with caches of ``length`` slots: compiled once per number of rows (and
-    prompt width), whatever the prompts."""
+    prompt width), whatever the prompts.
 
-    def __init__(self, decoder: Decoder, length: int):
+    With ``states`` the results are the hidden states after the final norm instead of logits: of every position of a prompt
+    [B, width, H], and of a step's tokens [B, H].
+    """
+
+    def __init__(self, decoder: Decoder, length: int, states: bool = False):
         self.decoder, self.length, self.spec = decoder, length, decoder.spec
-        decoder.set_train(False)
-        self._prefill, self._prefill_every = Prefill(decoder, length), Prefill(decoder, length, every=True)
-        self._step = DecodeStep(decoder)
-        for stage in (self._prefill, self._prefill_every, self._step):
+        self._prefill, self._step = Prefill(decoder, length, states), DecodeStep(decoder, states)
+        for stage in (self._prefill, self._step):
             stage.set_train(False)
 
-    def prefill(
-        self, prompts: Sequence[Sequence[int]], *, width: int | None = None, every: bool = False
-    ) -> tuple[np.ndarray, KVCache]:
-        """Token-id prompts (at least one token each) -> (float32 logits [B, V] after the last token, or with ``every``
-        [B, width, V]; their cache).
+    def prefill(self, prompts: Sequence[Sequence[int]], width: int | None = None) -> tuple[np.ndarray, KVCache]:
+        """Token-id prompts (at least one token each) -> (float32 logits [B, V] after the last token, their cache).
 
         Prompts are padded on the right to ``width`` (None: the next power of two, so that few shapes are compiled).
         Raises :class:`ConfigError` when one does not fit the cache.
@@ -75,13 +74,15 @@ class Runner:
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
         base = rope_base(self.spec, lengths[:, None])
-        stage = self._prefill_every if every else self._prefill
-        logits, *caches = stage(Tensor(ids), Tensor(lengths), *_tensors(base))
+        logits, *caches = self._prefill(Tensor(ids), Tensor(lengths), *_tensors(base))
         return logits.asnumpy(), KVCache(tuple(caches), lengths, base)
 
-    def step(self, cache: KVCache, tokens: Sequence[int]) -> np.ndarray:
+    def step(self, cache: KVCache, tokens: Sequence[int], counted: np.ndarray | None = None) -> np.ndarray:
         """One more token in every row -> float32 logits [B, V]; ``cache`` goes on. Raises :class:`ConfigError` when a row
-        is full."""
+        is full.
+
+        ``counted`` [B] bool: rows whose token stays; another row's token is filling, overwritten by its next one.
+        """
         if int(cache.lengths.max()) >= cache.length:
             raise ConfigError(
                 f"the key/value cache of {cache.length} tokens is full",
@@ -90,7 +91,8 @@ class Runner:
             )
         inputs = Tensor(np.asarray(tokens, np.int32)), Tensor(cache.lengths)
         logits, *caches = self._step(*inputs, *_tensors(cache.base), *cache.tensors)
-        cache.tensors, cache.lengths = tuple(caches), cache.lengths + 1
+        more = np.int32(1) if counted is None else np.asarray(counted, np.int32)
+        cache.tensors, cache.lengths = tuple(caches), cache.lengths + more
         return logits.asnumpy()
 
 

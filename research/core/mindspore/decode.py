@@ -18,12 +18,37 @@ from research.core.errors import ConfigError
 from research.core.mindspore.decoder import Decoder
 
 
-class _Stage(nn.Cell):
+class Head(nn.Cell):
+    """States [N, H] -> float32 logits [N, V]."""
+
     def __init__(self, decoder: Decoder):
         super().__init__(auto_prefix=False)  # parameters keep their names
+        self.decoder = decoder
+
+    def construct(self, states_NH):
+        return self.decoder.logits(states_NH).astype(ms.float32)
+
+
+class States(nn.Cell):
+    """(ids, positions, doc_ids [B, T], [base]) -> hidden states after the final norm [B, T, H]."""
+
+    def __init__(self, decoder: Decoder):
+        super().__init__(auto_prefix=False)
+        self.decoder = decoder
+
+    def construct(self, input_ids, position_ids, doc_ids, base=None):
+        hidden_NH, _, _, _ = self.decoder.hidden(input_ids, position_ids, doc_ids, base)
+        return hidden_NH.reshape(input_ids.shape[0], input_ids.shape[1], -1)
+
+
+class _Stage(nn.Cell):
+    def __init__(self, decoder: Decoder, states: bool = False):
+        """``states``: the hidden states after the final norm take the place of the logits, for :class:`Head`."""
+        super().__init__(auto_prefix=False)
+        self.states = states
         if not decoder.causal:
             raise ConfigError("generation needs a causal model; this one sees both ways", where="model")
-        self.decoder, self.dynamic, self.vocab = decoder, decoder.spec.dynamic_ntk, decoder.spec.vocab
+        self.decoder, self.dynamic = decoder, decoder.spec.dynamic_ntk
         self.kv_heads, self.layers = decoder.spec.kv_heads, decoder.spec.layers
         self.windowed, self.window = decoder.any_sliding, decoder.window
 
@@ -42,19 +67,19 @@ class _Stage(nn.Cell):
 class Prefill(_Stage):
     """Prompts padded on the right: (ids [B, T], lengths [B], [base]) -> (logits, caches of ``length`` slots).
 
-    The logits are float32 [B, V] after each row's last token, or with ``every`` [B, T, V].
+    The logits are float32 [B, V] after each row's last token; ``states`` are those of every position, [B, T, H].
     """
 
-    def __init__(self, decoder: Decoder, length: int, every: bool = False):
-        super().__init__(decoder)
-        self.length, self.every = length, every
+    def __init__(self, decoder: Decoder, length: int, states: bool = False):
+        super().__init__(decoder, states)
+        self.length = length
 
     def construct(self, input_ids, lengths, *rest):
         base, _ = self.with_base(rest)
         batch, time = input_ids.shape
         hidden_NH, keys, values, _ = self.decoder.hidden(input_ids, None, None, base)
-        if self.every:
-            logits = self.decoder.logits(hidden_NH).astype(ms.float32).reshape(batch, time, self.vocab)
+        if self.states:
+            logits = hidden_NH.reshape(batch, time, -1)
         else:
             logits = self.last(hidden_NH, lengths, time)
         caches = ()
@@ -113,8 +138,8 @@ class DecodeStep(_Stage):
         for n, layer in enumerate(self.decoder.model.layers):
             x_BH, k_cache, v_cache = layer.step(x_BH, tables, place, caches[2 * n], caches[2 * n + 1])
             out = out + (k_cache, v_cache)
-        logits = self.decoder.logits(self.decoder.model.norm(x_BH)).astype(ms.float32)
-        return (logits,) + out
+        x_BH = self.decoder.model.norm(x_BH)
+        return (x_BH if self.states else self.decoder.logits(x_BH).astype(ms.float32),) + out
 
 
 class PagedPrefill(_Stage):

@@ -37,7 +37,7 @@ def choose_kernels(choice: str = "auto", dtype=ms.float32) -> str:
     if choice not in ("auto", *KINDS):
         raise ConfigError(f"{choice!r} is not one of auto, {', '.join(KINDS)}", where="kernels")
     if choice == "auto" and runtime.on_ascend():
-        return "ascend"
+        return "composite" if dtype == ms.float32 else "ascend"  # the attention operators take 16-bit floats only
     if choice in ("auto", "native"):
         if dtype == ms.float32 and native.available():
             native.use_threads(runtime.threads())
