@@ -16,6 +16,7 @@ from research.tasks.framework import half
 from research.tasks.sources import (
     NOTE_FILE,
     check_architecture,
+    opening,
     read_note,
     resolve_template,
     resolve_tokenizer,
@@ -46,17 +47,20 @@ def load_model(cfg: Config) -> Model:
     weights = resolve_weights(cfg)
     if weights is None:
         raise WeightsError("there are no weights to generate with", hint="WEIGHTS=<folder>")
-    check_architecture(cfg, weights)
-    tokenizer = resolve_tokenizer(cfg, weights)
-    template = resolve_template(cfg, weights)
-    for folder in (weights, Path(cfg.adapter)) if cfg.adapter else (weights,):
+    if (weights / "config.json").is_file():  # else the weights themselves say it, when they are opened
+        check_architecture(cfg, weights)
+    beside = weights if weights.is_dir() else weights.parent
+    tokenizer = resolve_tokenizer(cfg, beside)
+    template = resolve_template(cfg, beside)
+    for folder in (beside, Path(cfg.adapter)) if cfg.adapter else (beside,):
         check_fingerprints(folder, tokenizer, template, raw=cfg.generate.raw)
         if cfg.generate.system is None:  # what it was trained with; None: the template's own
             cfg.generate.system = read_note(folder).get("system")
-    defaults = read_generation_defaults(weights)
+    defaults = read_generation_defaults(beside)
     sampling = choose_sampling(cfg, defaults)
     load_runner = half(cfg.backend, "load_runner").load_runner
-    runner, how = load_runner(weights, cfg.generate, cfg.device, cfg.adapter, cfg.allow_pickle)
+    runner, how = load_runner(weights, cfg.generate, cfg.device, cfg.adapter, opening(cfg))
+    check_architecture(cfg, weights, runner.spec)
     if tokenizer.vocab_size > runner.spec.vocab:
         raise WeightsError(
             f"the vocabulary has {tokenizer.vocab_size} tokens, the weights only {runner.spec.vocab}",

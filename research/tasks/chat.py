@@ -34,19 +34,25 @@ _FENCE = '"""'
 
 
 def run(cfg: Config) -> int:
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8")
+    use_utf8()
     if cfg.generate.raw:
         raise ConfigError("a conversation needs a template", where="generate.raw=true", hint="task=predict")
     return Repl(open_session(cfg), sys.stdin, sys.stdout, sys.stderr).loop()
 
 
-def open_session(cfg: Config) -> ChatSession:
-    """Load the model of ``cfg`` and begin a conversation with it."""
+def use_utf8() -> None:
+    """Messages and answers are UTF-8, whatever the locale says."""
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8")
+
+
+def open_session(cfg: Config, remember: bool = True, limit: int | None = None) -> ChatSession:
+    """Load the model of ``cfg`` and begin a conversation with it; ``remember`` and ``limit`` are the session's."""
     model = load_model(cfg)
     # One token of a message at least; what a real one needs is known when it is typed.
-    check_room(1, cfg.generate.max_new_tokens, model.runner.length_limit, "generate.max_new_tokens")
+    room = model.runner.length_limit if limit is None else min(limit, model.runner.length_limit)
+    check_room(1, cfg.generate.max_new_tokens, room, "generate.max_new_tokens")
     return ChatSession(
         model.runner,
         model.tokenizer,
@@ -57,17 +63,20 @@ def open_session(cfg: Config) -> ChatSession:
         stop=cfg.generate.stop,
         system=cfg.generate.system,
         allow_special=cfg.allow_special,
+        remember=remember,
+        limit=limit,
     )
 
 
 class Repl:
     """Reads messages and commands, writes answers to ``out`` and everything else to ``notes``.
 
-    Prompts and hints appear only when both ends are a terminal, so a pipe receives nothing but answers.
+    Prompts and hints appear only when both ends are a terminal, so a pipe receives nothing but answers. ``verbose``
+    notes behind each answer what the model was given.
     """
 
-    def __init__(self, session: ChatSession, source: TextIO, out: TextIO, notes: TextIO):
-        self.session = session
+    def __init__(self, session: ChatSession, source: TextIO, out: TextIO, notes: TextIO, verbose: bool = False):
+        self.session, self.verbose = session, verbose
         self.source, self.out, self.notes = source, out, notes
         self.interactive = source.isatty() and out.isatty()
 
@@ -87,6 +96,11 @@ class Repl:
             except UserError as error:
                 self._note(f"error: {error}")
         return 0
+
+    def ask(self, message: str) -> None:
+        """Answer a message that was given beforehand, which is noted first. Raises :class:`UserError`."""
+        self._note(f"> {message}")
+        self._answer(message)
 
     def _lines(self) -> Iterator[str]:
         """Lines without their end; on a terminal Ctrl-C clears the line instead of leaving."""
@@ -144,6 +158,11 @@ class Repl:
             self._note(f"(cut at generate.max_new_tokens={self.session.max_new_tokens})")
         elif reply.reason == "interrupted":
             self._note("(stopped)")
+        if self.verbose:
+            self._note(self.session.shown_prompt)
+            self._note(
+                f"({reply.prompt_tokens} prompt tokens, {reply.reused} of them kept; {reply.new_tokens} new ones)"
+            )
 
     def _say_trimmed(self, turns: int, length: int) -> None:
         was = "turn no longer fits" if turns == 1 else "turns no longer fit"

@@ -33,7 +33,12 @@ def run(cfg: Config) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")
     questions = read_questions(cfg)
-    model = load_model(cfg)
+    return answer(cfg, load_model(cfg), questions)
+
+
+def answer(cfg: Config, model: Model, questions: list[Question] | None = None) -> int:
+    """Answer the questions of ``cfg``: one as it comes, several as JSON lines."""
+    questions = read_questions(cfg) if questions is None else questions
     prompts = [encode_question(cfg, model, question) for question in questions]
     if cfg.prompts or cfg.prompt_list:
         answer_file(cfg, model, questions, prompts)

@@ -10,7 +10,8 @@ from pathlib import Path
 from research.core.config.compose import REPO, from_yaml
 from research.core.config.schema import Config, ModelConfig
 from research.core.errors import ConfigError, UserError, WeightsError
-from research.core.spec import spec_from_hf
+from research.core.spec import DecoderSpec, spec_from_hf
+from research.core.weights.opened import OpenOptions
 from research.registry import family, model_config, model_files, model_spec
 
 NOTE_FILE = "workbench.json"  # beside exported weights: model name, template, fingerprints
@@ -27,7 +28,8 @@ def say(text: str) -> None:
 def resolve_weights(cfg: Config) -> Path | None:
     """The folder in Hugging Face format to start from, or None when the model is built from scratch.
 
-    ``weights=`` may be such a folder, a run folder (its ``weights/``, or base weights and ``adapter/`` of a LoRA run,
+    With ``backend=mindspore`` any other layout is returned as it is, a MindFormers file too. ``weights=`` may be such a
+    folder, a run folder (its ``weights/``, or base weights and ``adapter/`` of a LoRA run,
     which then sets ``cfg.adapter``), or a hub name. Without it: released models come from ``weights/<model>`` or the hub;
     the tiny ones from scratch when they are trained, else from their newest run. Raises :class:`WeightsError`.
     """
@@ -61,8 +63,12 @@ def _given(cfg: Config, name: str) -> Path:
             return from_hub(name)
         raise WeightsError("weight folder not found", where=folder, hint="WEIGHTS=<folder with config.json>")
     if not folder.is_dir():
+        if cfg.backend == "mindspore":
+            return folder  # a MindFormers file, which is opened as it is
         raise WeightsError(
-            "weights are given as a folder, this is a file", where=folder, hint=f"WEIGHTS={folder.parent}"
+            "torch reads weights from a folder, this is a file",
+            where=folder,
+            hint=f"WEIGHTS={folder.parent}, `make convert` for a MindFormers file, or BACKEND=mindspore",
         )
     if (folder / "config.json").is_file():
         return folder
@@ -74,6 +80,8 @@ def _given(cfg: Config, name: str) -> Path:
         raise WeightsError(
             "this is an adapter, not a model", where=folder, hint=f"ADAPTER={folder} beside WEIGHTS=<base>"
         )
+    if cfg.backend == "mindspore":
+        return folder  # ranks or a MindFormers file, which say themselves what is wrong with them
     raise WeightsError("no config.json here", where=folder, hint="WEIGHTS=<folder with config.json and safetensors>")
 
 
@@ -136,18 +144,34 @@ def newest_run(model: str, root: Path | None = None) -> Path | None:
     return max(runs, key=lambda run: run.name, default=None)
 
 
-def check_architecture(cfg: Config, folder: Path) -> None:
-    """Raise :class:`WeightsError` listing every key in which ``config.json`` of ``folder`` contradicts the chosen MODEL."""
+def opening(cfg: Config) -> OpenOptions:
+    """What ``cfg`` says about weights of a layout that does not say it itself."""
+    known = cfg.model.hf.get("vocab_size") is not None
+    return OpenOptions(
+        concat=cfg.convert.qkv_concat,
+        gmm=cfg.convert.use_gmm,
+        config=cfg.convert.config,
+        strategy=cfg.reshard.strategy,
+        allow_pickle=cfg.allow_pickle,
+        presets=dict(cfg.model.hf) if known else None,
+    )
+
+
+def check_architecture(cfg: Config, folder: Path, found: DecoderSpec | None = None) -> None:
+    """Raise :class:`WeightsError` listing every key in which ``config.json`` of ``folder``, or ``found`` in weights of
+    another layout, contradicts the chosen MODEL."""
     from research.core.spec import spec_differences
 
-    found = spec_from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    config = folder / "config.json"
+    if found is None:
+        found = spec_from_hf(read_json(config), where=str(config))
     differing = spec_differences(model_spec(cfg.model, tokens=found.vocab), found)
     if cfg.model.hf.get("vocab_size") is None:
         differing = [row for row in differing if not row.startswith("vocab:")]
     if differing:
         raise WeightsError(
             f"these weights are not {cfg.model.name}:\n    " + "\n    ".join(differing),
-            where=folder / "config.json",
+            where=config if config.is_file() else folder,
             hint="another MODEL, another WEIGHTS, or leave MODEL out to take the folder's own architecture",
         )
 

@@ -46,16 +46,27 @@ class ChatSession:
         stop: Sequence[str] = (),
         system: str | None = None,
         allow_special: bool = False,
+        remember: bool = True,
+        limit: int | None = None,
     ):
+        """``remember=False``: every message begins a new conversation. ``limit``: prompt and answer together have at most
+        so many tokens (None: what the model is made for)."""
         self.runner, self.tokenizer, self.template = runner, tokenizer, template
         self.sampling, self.max_new_tokens = sampling, max_new_tokens
         self.eos_ids, self.stop = tuple(eos_ids), tuple(stop)
-        self.system, self.allow_special = system, allow_special
+        self.system, self.allow_special, self.remember = system, allow_special, remember
+        self.limit = runner.length_limit if limit is None else min(limit, runner.length_limit)
         self.messages: list[dict] = []
         self._first = 0  # messages before this one are out of the context
         self._turn = 0
         self._cache: Cache | None = None
         self._cached: list[int] = []
+        self._prompt: list[int] = []
+
+    @property
+    def shown_prompt(self) -> str:
+        """What the model was given for the last answer, control tokens included."""
+        return self.tokenizer.decode(self._prompt)
 
     @property
     def shown_system(self) -> str:
@@ -82,9 +93,11 @@ class ChatSession:
         hears of turns that had to be left out. Raises :class:`UserError` when the message alone is too long; the
         history is then as before.
         """
+        if not self.remember:
+            self.clear()
         self.messages.append({"role": "user", "content": message})
         try:
-            prompt = self._fit(on_trim)
+            prompt = self._prompt = self._fit(on_trim)
         except UserError:
             self.messages.pop()
             raise
@@ -107,7 +120,7 @@ class ChatSession:
         return Reply(stream.text, reason, len(prompt), len(result.ids), reused)
 
     def _fit(self, on_trim: Callable[[int, int], None] | None) -> list[int]:
-        limit = self.runner.length_limit
+        limit = self.limit
         first = self._first
         while True:
             prompt = self._encode(first)
@@ -138,7 +151,7 @@ class ChatSession:
         need = len(prompt) + self.max_new_tokens
         cache = self._cache
         if cache is None or cache.length < need:
-            length = min(-(-need // _CACHE_STEP) * _CACHE_STEP, max(need, self.runner.length_limit))
+            length = min(-(-need // _CACHE_STEP) * _CACHE_STEP, max(need, self.limit))
             cache = self._cache = self.runner.new_cache(1, length) if cache is None else cache.grown(length)
         shared = _shared_prefix(self._cached, prompt)
         reused = min(shared, len(prompt) - 1)  # the last token has to be computed for its logits

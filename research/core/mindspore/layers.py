@@ -111,6 +111,22 @@ class Attention(nn.Cell):
             out = self.against(q_BHD, read_pages(k_cache, pages), read_pages(v_cache, pages), shown_BS)
         return self.o_proj(out.reshape(batch, self.heads * self.head_dim)), k_cache, v_cache
 
+    def extend(self, x_NH, tables, place, k_cache, v_cache):
+        """T tokens per row behind what its cache holds, written there first -> (output [N, H], both caches). ``place``:
+        :meth:`research.core.mindspore.extend.Extend.place`."""
+        full, sliding, slots = place
+        batch, time = slots.shape[0], slots.shape[2]
+        q, k, v = self.project(x_NH, tables, batch, time)
+        k_cache = self.write(k_cache, slots, ops.transpose(k, (0, 2, 1, 3)).astype(k_cache.dtype))
+        v_cache = self.write(v_cache, slots, ops.transpose(v, (0, 2, 1, 3)).astype(v_cache.dtype))
+        k_BSKD, v_BSKD = ops.transpose(k_cache, (0, 2, 1, 3)), ops.transpose(v_cache, (0, 2, 1, 3))
+        shown_BTS = full if self.window is None else sliding
+        if self.kernels == "ascend":
+            out = fused.flash_attention(q, k_BSKD, v_BSKD, shown_BTS.expand_dims(1), None, True, None)
+        else:
+            out = attend(q, k_BSKD, v_BSKD, bias_of(shown_BTS))
+        return self.o_proj(out.reshape(batch * time, self.heads * self.head_dim)), k_cache, v_cache
+
     def against(self, q_BHD, k_BKSD, v_BKSD, shown_BS):
         batch = q_BHD.shape[0]
         q = q_BHD.reshape(batch, self.kv_heads, self.share, self.head_dim)
@@ -146,6 +162,12 @@ class DecoderLayer(nn.Cell):
         mixed, k_cache, v_cache = self.self_attn.step(self.input_layernorm(x_BH), tables, place, k_cache, v_cache)
         x_BH, _ = self.feed_forward(x_BH + mixed, None)
         return x_BH, k_cache, v_cache
+
+    def extend(self, x_NH, tables, place, k_cache, v_cache):
+        """Several tokens per row; see :meth:`Attention.extend`."""
+        mixed, k_cache, v_cache = self.self_attn.extend(self.input_layernorm(x_NH), tables, place, k_cache, v_cache)
+        x_NH, _ = self.feed_forward(x_NH + mixed, None)
+        return x_NH, k_cache, v_cache
 
     def feed_forward(self, x_NH, real_N):
         normed = self.post_attention_layernorm(x_NH)

@@ -10,6 +10,7 @@ from research.core.torch.generate import Runner
 from research.core.torch.lora import load_adapter
 from research.core.torch.packed_linear import pack_frozen_linears
 from research.core.torch.weights import load_decoder
+from research.core.weights.opened import NOTHING_SAID, OpenOptions
 
 
 def load_runner(
@@ -17,13 +18,15 @@ def load_runner(
     generate: GenerateConfig,
     device: DeviceConfig,
     adapter: str | os.PathLike | None = None,
-    allow_pickle: bool = False,
+    opening: OpenOptions = NOTHING_SAID,
 ) -> tuple[Runner, str]:
     """-> (the runner, its dtype and device in words). Raises UserErrors for folders, adapters and devices."""
     where = resolve_device(device)
     dtype = resolve_dtype(generate.dtype, where)
-    decoder = load_decoder(weights, dtype=dtype, device=where, attention=device.attention, allow_pickle=allow_pickle)
+    decoder = load_decoder(
+        weights, dtype=dtype, device=where, attention=device.attention, allow_pickle=opening.allow_pickle
+    )
     if adapter:
-        load_adapter(decoder, adapter, allow_pickle=allow_pickle)
+        load_adapter(decoder, adapter, allow_pickle=opening.allow_pickle)
     pack_frozen_linears(decoder.requires_grad_(False))
     return Runner(decoder, compiled=generate.compile), f"{str(dtype).removeprefix('torch.')} on {where}"
