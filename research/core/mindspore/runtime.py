@@ -12,6 +12,7 @@ from pathlib import Path
 
 from research.core.config.schema import DeviceConfig
 from research.core.errors import ConfigError, UserError
+from research.core.native.build import cache_folder
 
 REQUIREMENTS = "requirements/mindspore.txt"
 _started: Runtime | None = None
@@ -54,6 +55,8 @@ def start(
     require_mindspore()
     cfg = DeviceConfig() if cfg is None else cfg
     os.environ.setdefault("GLOG_v", "3")  # its warnings tell of deprecations inside MindSpore itself
+    # A graph that does not compile is dumped into the working directory otherwise.
+    os.environ.setdefault("MS_OM_PATH", str(cache_folder().parent / "mindspore"))
     import mindspore as ms
 
     target = _target(cfg.kind)

@@ -23,7 +23,7 @@ from tests.core.torch.peers import VARIANTS, make_pair, packed_ids, random_ids
 
 # fp32 sums in another order: logits of size ~10 differ by up to 3e-5; the bounds are the requirement's.
 CLOSE = {"atol": 1e-4, "rtol": 0}
-EVERY = [pytest.param(v, marks=[] if v in ("gqa", "moe") else pytest.mark.slow) for v in VARIANTS]
+EVERY = [pytest.param(v, marks=[] if v == "gqa" else pytest.mark.slow) for v in VARIANTS]
 ROWS = [[5, 9, 6, 12, 15], [16, 13], [10, 7], [1, 1, 14]]
 
 
@@ -48,56 +48,64 @@ class Summed(ms.nn.Cell):
         return total + 30.0 * router, total, router
 
 
+def small_pair(variant: str):
+    return make_pair(variant, num_hidden_layers=2)
+
+
 @pytest.mark.parametrize("variant", EVERY)
 def test_logits_loss_and_gradients_equal_transformers(variant):
-    theirs, ours = make_pair(variant)
-    decoder = twin(ours)
+    """The logits from plain operators (as a MINDIR has them), loss and gradients from the kernels that training uses."""
+    theirs, ours = small_pair(variant)
     ids = random_ids(2, 40)
     labels = ids.clone()
     labels[:, :5] = -100
     expected = theirs(ids, labels=labels)
-    np.testing.assert_allclose(decoder(as_tensor(ids)).asnumpy(), expected.logits.detach().numpy(), **CLOSE)
+    plain = twin(ours, kernels="composite")
+    np.testing.assert_allclose(plain(as_tensor(ids)).asnumpy(), expected.logits.detach().numpy(), **CLOSE)
 
     where, targets = shifted_targets(labels.numpy(), 80)
-    whole = layout_inputs(Layout.full(2, 40))
-    step = Gradients(Summed(Objective(decoder, head_chunk=32)))
-    (_, total, _), gradients = step(as_tensor(ids), *whole, Tensor(where), Tensor(targets))
+    inputs = (as_tensor(ids), *layout_inputs(Layout.full(2, 40)), Tensor(where), Tensor(targets))
     count = int((targets != -100).sum())
-    assert float(total) / count == pytest.approx(float(expected.loss.detach()), abs=1e-5)
     (expected.loss * count).backward()
     theirs_by_name = dict(theirs.named_parameters())
-    for parameter, gradient in zip(step.weights, gradients):
-        reference = theirs_by_name[parameter.name].grad.numpy()
-        assert np.linalg.norm(gradient.asnumpy() - reference) <= 1e-4 * np.linalg.norm(reference), parameter.name
+    for kernels in ("auto", "composite") if variant == "gqa" else ("auto",):
+        step = Gradients(Objective(twin(ours, kernels=kernels), head_chunk=32))
+        (total, _), gradients = step(*inputs)
+        assert float(total) / count == pytest.approx(float(expected.loss.detach()), abs=1e-5)
+        for parameter, gradient in zip(step.weights, gradients):
+            reference = theirs_by_name[parameter.name].grad.numpy()
+            assert np.linalg.norm(gradient.asnumpy() - reference) <= 1e-4 * np.linalg.norm(reference), parameter.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "variant", ["gqa", *(pytest.param(v, marks=pytest.mark.slow) for v in ("window", "moe", "tied"))]
+    ("variant", "block", "kernels"),
+    [("gqa", None, "auto"), ("gqa", None, "composite"), ("gqa", 16, "composite"), ("window", 16, "auto")]
+    + [("moe", None, "auto"), ("moe", 16, "composite"), ("tied", None, "auto")],
 )
-def test_packed_batch_has_the_loss_and_gradients_of_torch_in_rows_and_in_blocks(variant):
-    _, ours = make_pair(variant)
+def test_packed_batch_has_the_loss_and_gradients_of_torch_in_rows_and_in_blocks(variant, block, kernels):
+    _, ours = small_pair(variant)
     ids, labels, theirs_layout, layout = packed_case()
     sparse = variant == "moe"
     total, router = TorchObjective(ours, 32, sparse)(ids, labels, theirs_layout)
     (total + (30.0 * router if sparse else 0.0)).backward()
     expected = {name: p.grad.numpy() for name, p in ours.named_parameters()}
     assert choose_block(layout.longest, 48) == 16
-    for block in (None, 16):
-        where, targets = shifted_targets(labels.numpy(), 160)
-        step = Gradients(Summed(Objective(twin(ours, block=block), head_chunk=64, router=sparse)))
-        (_, found, balance), gradients = step(as_tensor(ids), *layout_inputs(layout), Tensor(where), Tensor(targets))
-        assert float(found) == pytest.approx(float(total.detach()), rel=1e-5)
-        if sparse:
-            assert float(balance) == pytest.approx(float(router.detach()), rel=1e-5)
-        for parameter, gradient in zip(step.weights, gradients):
-            reference = expected[parameter.name]
-            assert np.linalg.norm(gradient.asnumpy() - reference) <= 1e-4 * np.linalg.norm(reference), parameter.name
+    where, targets = shifted_targets(labels.numpy(), 160)
+    step = Gradients(Summed(Objective(twin(ours, block=block, kernels=kernels), head_chunk=64, router=sparse)))
+    (_, found, balance), gradients = step(as_tensor(ids), *layout_inputs(layout), Tensor(where), Tensor(targets))
+    assert float(found) == pytest.approx(float(total.detach()), rel=1e-5)
+    if sparse:
+        assert float(balance) == pytest.approx(float(router.detach()), rel=1e-5)
+    for parameter, gradient in zip(step.weights, gradients):
+        reference = expected[parameter.name]
+        assert np.linalg.norm(gradient.asnumpy() - reference) <= 1e-4 * np.linalg.norm(reference), parameter.name
 
 
 @pytest.mark.parametrize("variant", [pytest.param(v, marks=pytest.mark.slow) for v in ("gqa", "window", "yarn", "moe")])
 def test_packed_and_padded_documents_equal_separate_ones(variant):
-    theirs, ours = make_pair(variant)
-    decoder, blocked = twin(ours), twin(ours, block=16)
+    theirs, ours = small_pair(variant)
+    decoder, blocked = twin(ours), twin(ours, block=16, kernels="composite")
     positions, documents = packed_ids(ROWS, 48)
     ids = random_ids(4, 48)
     inputs = (as_tensor(ids), *layout_inputs(Layout.packed(positions.numpy(), documents.numpy())))
@@ -120,10 +128,10 @@ def test_packed_and_padded_documents_equal_separate_ones(variant):
 
 def test_a_block_smaller_than_a_document_would_change_the_result():
     """That the hint acts at all: with blocks of 8 a document of 48 tokens loses its far keys."""
-    _, ours = make_pair("gqa")
+    _, ours = small_pair("gqa")
     ids = as_tensor(random_ids(1, 48))
     whole = layout_inputs(Layout.full(1, 48))
-    near, far = (twin(ours, block=block)(ids, *whole).asnumpy()[0] for block in (8, None))
+    near, far = (twin(ours, block=block, kernels="composite")(ids, *whole).asnumpy()[0] for block in (8, None))
     np.testing.assert_allclose(near[:8], far[:8], **CLOSE)
     assert np.abs(near[20:] - far[20:]).max() > 0.01
 
@@ -135,7 +143,7 @@ def test_choose_block_is_the_smallest_power_of_two_that_saves_work():
 
 @pytest.mark.slow
 def test_embedding_is_the_last_real_token_and_bidirectional_models_see_the_whole_text():
-    theirs, ours = make_pair("gqa")
+    theirs, ours = small_pair("gqa")
     ids = random_ids(3, 12)
     mask = torch.ones(3, 12, dtype=torch.long)
     mask[0, :5] = mask[1, 9:] = 0
@@ -152,8 +160,9 @@ def test_embedding_is_the_last_real_token_and_bidirectional_models_see_the_whole
                 np.testing.assert_allclose(vectors[row], F.normalize(last, dim=0).numpy(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_batch_of_nothing_but_filling_is_finite():
-    _, ours = make_pair("moe")
+    _, ours = small_pair("moe")
     layout = Layout.packed(np.zeros((2, 16)), np.zeros((2, 16)))
     step = Gradients(Summed(Objective(twin(ours), router=False)))
     where, targets = shifted_targets(np.full((2, 16), -100), 8)
