@@ -14,7 +14,7 @@ export MODEL CARDS NODES NODE_RANK MASTER_ADDR MASTER_PORT BACKEND DEVICE WEIGHT
 export QWEN_PROMPT := $(value PROMPT)
 export PY := $(BIN)/python
 
-TASKS := data pretrain finetune lora predict chat export merge weights convert split merge-shards reshard verify
+TASKS := data pretrain finetune lora predict chat export lite merge weights convert split merge-shards reshard verify
 
 .PHONY: help setup $(TASKS) ranktable test test-fast bench lint format clean
 
@@ -45,8 +45,11 @@ predict: $(VENV)/.ready ## answer one prompt: make predict PROMPT='What is 47 pl
 chat: $(VENV)/.ready ## talk to a model, on the terminal or over a pipe
 	@scripts/task.sh chat $(ARGS)
 
-export: $(VENV)/.ready ## write a run's newest checkpoint as a Hugging Face folder: make export RUN=runs/... OUTPUT=folder
+export: $(VENV)/.ready ## a run's newest checkpoint as a Hugging Face folder, or BACKEND=mindspore as MINDIR graphs: make export RUN=runs/... OUTPUT=folder
 	@scripts/task.sh export $(ARGS)
+
+lite: $(VENV)/.ready ## answer a prompt with exported MINDIR graphs: make lite WEIGHTS=folder PROMPT='What is 47 plus 8?'
+	@scripts/task.sh lite $(ARGS)
 
 merge: $(VENV)/.ready ## fold an adapter into its weights: make merge WEIGHTS=folder ADAPTER=folder OUTPUT=folder
 	@scripts/task.sh merge $(ARGS)

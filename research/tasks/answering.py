@@ -16,6 +16,7 @@ from research.tasks.framework import half
 from research.tasks.sources import (
     NOTE_FILE,
     check_architecture,
+    check_grid,
     opening,
     read_note,
     resolve_template,
@@ -47,6 +48,7 @@ def load_model(cfg: Config) -> Model:
     weights = resolve_weights(cfg)
     if weights is None:
         raise WeightsError("there are no weights to generate with", hint="WEIGHTS=<folder>")
+    check_grid(cfg, weights)
     if (weights / "config.json").is_file():  # else the weights themselves say it, when they are opened
         check_architecture(cfg, weights)
     beside = weights if weights.is_dir() else weights.parent

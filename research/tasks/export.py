@@ -1,4 +1,4 @@
-"""`make export`: a run's newest checkpoint, or a weight folder, as a Hugging Face folder."""
+"""`make export`: a run's newest checkpoint as a Hugging Face folder; with BACKEND=mindspore weights as MINDIR graphs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from research.core.config.schema import Config
 from research.core.errors import ConfigError, UserError
 from research.core.spec import spec_from_hf
 from research.registry import model_spec
+from research.tasks import export_mindir
 from research.tasks.exporting import export_options
 from research.tasks.sources import read_json, resolve_template, resolve_tokenizer, say
 
 
 def run(cfg: Config) -> int:
+    if cfg.backend == "mindspore":
+        return export_mindir.run(cfg)
     if not cfg.run:
         raise ConfigError("which run?", where="export", hint="make export RUN=runs/... OUTPUT=<folder>")
     if not cfg.output:

@@ -157,6 +157,26 @@ def opening(cfg: Config) -> OpenOptions:
     )
 
 
+def check_grid(cfg: Config, weights: Path) -> None:
+    """Raise :class:`ConfigError` for shards of another number of ranks than run here, when ``auto_transform`` is off
+    (mindspore)."""
+    from research.core.launch.environment import place
+    from research.core.weights import rank_folders, sharded
+
+    kind = sharded.kind_of(weights)
+    if cfg.backend != "mindspore" or cfg.auto_transform or kind not in (sharded.PARTS, sharded.RANKS):
+        return
+    ranks = sharded.part_folders(weights) if kind == sharded.PARTS else rank_folders.rank_folders(weights)
+    here = place()
+    size = 1 if here is None else here.size
+    if len(ranks) != size:
+        raise ConfigError(
+            f"these weights are cut for {len(ranks)} ranks, and {size} {'runs' if size == 1 else 'run'} here",
+            where=f"auto_transform=false (--auto_trans_ckpt False) with {weights}",
+            hint=f"auto_transform=true (--auto_trans_ckpt True), or {len(ranks)} ranks",
+        )
+
+
 def check_architecture(cfg: Config, folder: Path, found: DecoderSpec | None = None) -> None:
     """Raise :class:`WeightsError` listing every key in which ``config.json`` of ``folder``, or ``found`` in weights of
     another layout, contradicts the chosen MODEL."""

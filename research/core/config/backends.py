@@ -82,7 +82,7 @@ def without_effect(config: Config) -> list[str]:
         notes.append("train.compile has no effect with MindSpore: its graphs are always compiled")
     if not torch and config.generate.compile and task in ("predict", "chat"):
         notes.append("generate.compile has no effect with MindSpore: its graphs are always compiled")
-    if config.mindir != MindirConfig() and not (task == "export" and not torch):
+    if config.mindir != MindirConfig() and (torch or task not in ("export", "lite")):
         notes.append(
             f"mindir.* has no effect here: it shapes the graphs of `make export BACKEND=mindspore`, not {task}"
         )

@@ -23,15 +23,15 @@ BASE = DecoderSpec(
 KINDS = {
     "gqa": BASE,
     "moe": replace(BASE, model_type="qwen2_moe", moe=MoeSpec(6, 2, 32, 48)),
-    "sliding-yarn": replace(
-        BASE,
-        sliding_window=8,
-        sliding_layers=(1,),
-        max_positions=32,
-        rope_scaling=RopeScaling("yarn", 4.0, original_positions=32),
-        tied=True,
-    ),
 }
+SLIDING = replace(
+    BASE,
+    sliding_window=8,
+    sliding_layers=(1,),
+    max_positions=64,
+    rope_scaling=RopeScaling("yarn", 4.0, original_positions=64),
+    tied=True,
+)
 QWEN = replace(
     BASE, model_type="qwen", kv_heads=4, logn_attention=True, dynamic_ntk=True, train_length=16, rope_theta=10000.0
 )
@@ -41,7 +41,7 @@ PROMPTS = [[5, 9, 2, 77, 31, 8, 120], [4], [7, 7, 7, 11, 150, 3, 8, 9, 10, 42, 6
 @pytest.fixture(scope="module")
 def pair():
     """A torch decoder and a runner of its twin; one for the module, so that its graphs are compiled once."""
-    ours = _decoder(BASE)
+    ours = _decoder(SLIDING)
     return ours, Runner(twin(ours))
 
 
