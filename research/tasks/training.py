@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from research.core.config.compose import to_yaml
@@ -16,18 +17,14 @@ from research.core.run.folder import RunFolder
 from research.core.spec import DecoderSpec, spec_from_hf
 from research.registry import model_spec
 from research.tasks.exporting import export_options, is_chat, note
+from research.tasks.framework import half
 from research.tasks.sources import check_architecture, read_json, resolve_template, resolve_tokenizer, resolve_weights
 
 if TYPE_CHECKING:
-    import torch
-
     from research.core.evaluation.skills import Exam, Score
-    from research.core.run.loop import Summary
+    from research.core.run.loop import Loop, Summary
     from research.core.text.template import ChatTemplate
     from research.core.text.tokenizer import Tokenizer
-    from research.core.torch.decoder import Decoder
-    from research.core.torch.parallel import World
-    from research.core.torch.trainer import Trainer
 
 
 @dataclass
@@ -35,13 +32,14 @@ class Job:
     """One training run and what it works with."""
 
     cfg: Config
+    half: ModuleType  # core/torch/training.py or core/mindspore/training.py
     run: RunFolder
-    world: World
+    world: Any
     weights: Path | None
     tokenizer: Tokenizer
     template: ChatTemplate
     spec: DecoderSpec
-    dtype: torch.dtype
+    dtype: Any
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -62,18 +60,18 @@ def start(cfg: Config) -> Iterator[Job]:
         spec = spec_from_hf(read_json(weights / "config.json"), where=str(weights / "config.json"))
     check_training(cfg, spec, weights)
 
-    from research.core.torch.device import resolve_dtype
-    from research.core.torch.parallel import World
-
-    world = World.join(cfg)
+    framework = half(cfg.backend, "training")
+    world = framework.World.join(cfg)
     names = {"task": cfg.task.name, "model": cfg.model.name, "resume": cfg.train.resume}
     try:
+        dtype = framework.resolve_dtype(cfg, world)
         run = RunFolder(cfg.run, main=world.main, **names)
         run = run if world.main else RunFolder(world.tell(None), main=False, **names)
         if world.main:
             world.tell(str(run.path))
         with run:
-            job = Job(cfg, run, world, weights, tokenizer, template, spec, resolve_dtype(cfg.train.dtype, world.device))
+            world.folder = run.path
+            job = Job(cfg, framework, run, world, weights, tokenizer, template, spec, dtype)
             if world.main:
                 check_disk(cfg, spec, run.path)
                 if cfg.train.resume and (run.path / "report.json").is_file():
@@ -132,7 +130,7 @@ def announce(job: Job) -> None:
     """Say what will be trained, and which settings have no effect here."""
     cfg, spec, say = job.cfg, job.spec, job.run.say
     origin = f"from {job.weights}" if job.weights else "from scratch"
-    kind = str(job.dtype).removeprefix("torch.")
+    kind = str(job.dtype).removeprefix("torch.").lower()
     say(
         f"{cfg.model.name}, {spec.parameters():,} parameters, {origin}; {kind} on {job.world.size} x {job.world.device}"
     )
@@ -167,51 +165,20 @@ def prepare_data(job: Job) -> Path:
     return Path(job.world.after_main("dataset", prepare))
 
 
-def build_decoder(job: Job) -> Decoder:
+def build_decoder(job: Job) -> Any:
     """The decoder with the weights to start from: a folder's, or random ones drawn from ``train.seed``."""
-    from research.core.torch.decoder import Decoder
-    from research.core.torch.weights import load_decoder
-
-    attention, device = job.cfg.device.attention, job.world.device
-    if job.weights is not None:
-        return load_decoder(
-            job.weights, dtype=job.dtype, device=device, attention=attention, allow_pickle=job.cfg.allow_pickle
-        )
-    decoder = Decoder(job.spec).init_weights(job.cfg.train.seed).to(device, job.dtype)
-    decoder.use_attention(attention)
-    return decoder
+    return job.half.build_decoder(job.cfg, job.spec, job.weights, job.dtype, job.world)
 
 
-def add_adapter(job: Job, decoder: Decoder) -> None:
+def add_adapter(job: Job, decoder: Any) -> None:
     """Put a new adapter on the decoder, or the one of ``lora.adapter`` to go on with."""
-    import torch
-
-    from research.core.torch.lora import add_lora, load_adapter
-
-    cfg = job.cfg
-    dtype = torch.float32 if cfg.train.master == "fp32" else None
-    if cfg.lora.adapter is None:
-        add_lora(decoder, cfg.lora, seed=cfg.train.seed, dtype=dtype, log=job.run.say)
-        return
-    found = load_adapter(decoder, cfg.lora.adapter, dtype=dtype, allow_pickle=cfg.allow_pickle)
-    found.adapter, found.dropout = cfg.lora.adapter, cfg.lora.dropout
-    for _, layer in _adapted(decoder):
-        layer.dropout = cfg.lora.dropout
-    cfg.lora = found
-    job.run.say(f"LoRA goes on from {found.adapter}: rank {found.rank}, alpha {found.alpha:g}")
+    job.half.add_adapter(job.cfg, decoder, job.run.say)
 
 
-def _adapted(decoder: Decoder):
-    from research.core.torch.lora import lora_layers
-
-    return lora_layers(decoder)
-
-
-def train(job: Job, decoder: Decoder, data: Path) -> Trainer:
+def train(job: Job, decoder: Any, data: Path) -> Loop:
     """Run the training loop; the summary is in ``job.report`` afterwards."""
     from research.core.data.dataset import PackedDataset
     from research.core.run.identity import data_fingerprint
-    from research.core.torch.trainer import Trainer
 
     held_out = PackedDataset(data / "eval")
     identity = {
@@ -220,7 +187,7 @@ def train(job: Job, decoder: Decoder, data: Path) -> Trainer:
         "data": data_fingerprint(data),
     }
     sample = Sampler(job, held_out) if job.cfg.train.sample_every else None
-    trainer = Trainer(
+    trainer = job.half.Trainer(
         job.cfg, decoder, PackedDataset(data / "train"), held_out, job.run, job.world, identity=identity, sample=sample
     )
     summary: Summary = trainer.fit()
@@ -237,7 +204,7 @@ class Sampler:
     """Lets the model continue the beginnings of a few held-out documents while it trains."""
 
     def __init__(self, job: Job, held_out, count: int = 2, room: int = 48):
-        self.tokenizer, self.room = job.tokenizer, room
+        self.tokenizer, self.room, self.generate = job.tokenizer, room, job.half.generate
         self.eos_ids = job.tokenizer.eos_ids(chat=is_chat(job.cfg))
         self.prompts = []
         for number in range(min(count, held_out.documents)):
@@ -245,41 +212,27 @@ class Sampler:
             supervised = int((labels != -100).argmax())
             self.prompts.append(ids[: supervised if supervised > 1 else max(1, len(ids) // 4)].tolist())
 
-    def __call__(self, decoder: Decoder) -> str:
-        from research.core.torch.generate import generate
-
+    def __call__(self, decoder: Any) -> str:
         lines = []
-        for prompt, answer in zip(self.prompts, generate(decoder, self.prompts, None, self.room, self.eos_ids)):
+        for prompt, answer in zip(self.prompts, self.generate(decoder, self.prompts, None, self.room, self.eos_ids)):
             before = self.tokenizer.decode(prompt, skip_special=True)[-120:].replace("\n", " ")
             lines.append(f"  {before} -> {self.tokenizer.decode(answer, skip_special=True)!r}")
         return "\n".join(lines)
 
 
-def export(job: Job, trainer: Trainer) -> Path | None:
+def export(job: Job, trainer: Loop) -> Path | None:
     """Write ``weights/`` in Hugging Face format, or ``adapter/`` in PEFT's."""
     if not job.cfg.train.export:
         return None
-    from research.core.torch.lora import has_lora, save_adapter
-    from research.core.torch.optimizer import whole
-    from research.core.torch.weights import save_weights
     from research.core.weights.write import write_json
 
-    if has_lora(trainer.decoder):
-        folder = job.run.path / "adapter"
-        save_adapter(trainer.decoder, folder, job.cfg.lora, base=job.cfg.weights, write=job.world.main)
-        if job.world.main:
-            write_json(folder / "workbench.json", note(job.cfg, job.tokenizer, job.template))
-            job.run.say(f"adapter: {folder}")
-        return folder
-    folder = job.run.path / "weights"
-    parameters = {
-        name: tensor.cpu() if job.world.main else None
-        for name, tensor in ((name, whole(value)) for name, value in trainer.optimizer.weights().items())
-    }
+    folder = job.half.export(
+        trainer, job.run.path, job.cfg, job.dtype, lambda: export_options(job.cfg, job.tokenizer, job.template)
+    )
     if job.world.main:
-        options = export_options(job.cfg, job.tokenizer, job.template)
-        save_weights(job.spec, parameters, folder, job.dtype, overwrite=True, **options)
-        job.run.say(f"weights: {folder}")
+        if folder.name == "adapter":
+            write_json(folder / "workbench.json", note(job.cfg, job.tokenizer, job.template))
+        job.run.say(f"{folder.name}: {folder}")
     return folder
 
 
@@ -301,7 +254,7 @@ def skills_exam(job: Job) -> Exam | None:
     )
 
 
-def examine(job: Job, exam: Exam | None, decoder: Decoder, when: str) -> Score | None:
+def examine(job: Job, exam: Exam | None, decoder: Any, when: str) -> Score | None:
     """Ask the held-out questions on the main card and print the share of right answers; ``when`` is before or after.
 
     A resumed run was asked before at its first start, and has not loaded its checkpoint yet.
@@ -312,7 +265,7 @@ def examine(job: Job, exam: Exam | None, decoder: Decoder, when: str) -> Score |
 
     def ask() -> str:
         nonlocal score
-        score = exam.ask(decoder, job.tokenizer.eos_ids())
+        score = exam.ask(decoder, job.tokenizer.eos_ids(), job.half.generate)
         job.report[f"exact_match_{when}"] = {"all": score.exact_match, **score.by_skill()}
         return (
             f"exact match {when} training: {100 * score.exact_match:.1f} % of {len(score.answers)} held-out questions "

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from research.core.data import skills
 from research.core.text.template import ChatTemplate
 from research.core.text.tokenizer import Tokenizer
-from research.core.torch.decoder import Decoder
-from research.core.torch.generate import generate
 
 BATCH = 64
 
@@ -78,8 +76,9 @@ class Exam:
         longest = max((len(ids) for ids in tokenizer.encode_batch([q["answer"] for q in self.questions])), default=0)
         self.room = longest + 4  # an answer that goes on past this is wrong anyway
 
-    def ask(self, decoder: Decoder, eos_ids: Collection[int]) -> Score:
-        """Greedy answers to every question, in batches with the key/value cache."""
+    def ask(self, decoder: Any, eos_ids: Collection[int], generate: Callable[..., list[list[int]]]) -> Score:
+        """Greedy answers to every question, in batches with the key/value cache. ``generate`` is that of the decoder's
+        framework."""
         started = time.perf_counter()
         found = generate(decoder, self.prompts, None, self.room, eos_ids, batch=BATCH)
         score = Score(seconds=time.perf_counter() - started)

@@ -153,14 +153,18 @@ def save_adapter(decoder: nn.Cell, folder: str | os.PathLike, cfg: LoraConfig, b
     common.write_adapter(folder, config, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
-def load_adapter(decoder: nn.Cell, folder: str | os.PathLike, *, dtype=None, allow_pickle: bool = False) -> LoraConfig:
-    """Put the adapter of a PEFT folder on ``decoder`` (frozen base, trainable A and B) and return its settings.
+def load_adapter(
+    decoder: nn.Cell, folder: str | os.PathLike, *, dtype=None, allow_pickle: bool = False, dropout: float | None = None
+) -> LoraConfig:
+    """Put the adapter of a PEFT folder on ``decoder`` (frozen base, trainable A and B) and return its settings;
+    ``dropout`` replaces the folder's.
 
     The modules are those that the file has tensors for. Raises :class:`WeightsError` naming the tensor and both shapes
     when the adapter was made for another model; the decoder is then unchanged.
     """
     folder = Path(folder)
     cfg = common.read_adapter_config(folder)
+    cfg.dropout = cfg.dropout if dropout is None else dropout
     path = common.weights_path(folder, allow_pickle)
     entries = safetensors.read_entries(path) if path.name == common.WEIGHTS_FILE else torch_bin.read_file(path)
     pairs = common.pairs_of(list(entries), path)

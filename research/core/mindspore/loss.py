@@ -99,10 +99,10 @@ class Objective(nn.Cell):
         self.sparse_layers = sum(layer.sparse for layer in decoder.model.layers)
         self.loss = LinearCrossEntropy(head_chunk, decoder.kernels)
 
-    def construct(self, input_ids, position_ids, doc_ids, where, targets, ends=None):
+    def construct(self, input_ids, position_ids, doc_ids, where, targets, ends=None, rope_base=None):
         """[B, T] three times and [M] twice (:func:`shifted_targets`), int32 -> (sum of the cross-entropies, router
-        balance loss; 0 without one), both float32 scalars."""
-        hidden_NH, _, _, counts = self.decoder.hidden(input_ids, position_ids, doc_ids, None, ends)
+        balance loss; 0 without one), both float32 scalars. ``ends`` and ``rope_base``: see :meth:`Decoder.hidden`."""
+        hidden_NH, _, _, counts = self.decoder.hidden(input_ids, position_ids, doc_ids, rope_base, ends)
         rows_MH = ops.gather(hidden_NH, where, 0)
         total, _, _ = self.loss(rows_MH, self.decoder.head_weight(), targets)
         if not self.router:

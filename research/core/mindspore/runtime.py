@@ -33,7 +33,9 @@ class Runtime:
 
 
 def require_mindspore() -> None:
-    """Raise :class:`UserError` naming the file to install from when MindSpore is not there."""
+    """Raise :class:`UserError` naming the file to install from when MindSpore is not there; to be called before it is
+    imported."""
+    os.environ.setdefault("GLOG_v", "3")  # its warnings tell of deprecations inside MindSpore itself
     if importlib.util.find_spec("mindspore") is None:
         raise UserError(
             "MindSpore is not installed",
@@ -54,7 +56,6 @@ def start(
     global _started
     require_mindspore()
     cfg = DeviceConfig() if cfg is None else cfg
-    os.environ.setdefault("GLOG_v", "3")  # its warnings tell of deprecations inside MindSpore itself
     # A graph that does not compile is dumped into the working directory otherwise.
     os.environ.setdefault("MS_OM_PATH", str(cache_folder().parent / "mindspore"))
     import mindspore as ms

@@ -305,11 +305,12 @@ class Loop(ABC):
 
     def show_sample(self) -> None:
         """Let the model answer while it trains; the random state stays as it was."""
-        if self.sample is None or self.world.sharded or not self.world.main:
+        if self.sample is None or self.world.sharded:
             return
-        text = self.answer()
+        text = self.world.after_main(f"sample {self.at.step}", self.answer)
         self.set_train(True)
-        self.metrics.write(self.at.step, "sample", {"text": text})
+        if self.metrics is not None:
+            self.metrics.write(self.at.step, "sample", {"text": text})
         self.run.say(f"sample at step {self.at.step}:\n{text}")
 
     def log(self, numbers: dict[str, float]) -> None:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import resource
-import sys
 import time
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from research.core.config.schema import DeviceConfig
 from research.core.errors import ConfigError
-from research.core.run.folder import write_text
+from research.core.run.roofline import best_known, peak_resident, processor
 from research.core.torch.malloc import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -103,19 +98,7 @@ def gemm_flops(device: torch.device, dtype: torch.dtype) -> float:
 @cache
 def _gemm_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     key = f"{_machine(device, threads)} | {str(dtype).removeprefix('torch.')} | torch {torch.__version__}"
-    path = cache_folder() / "gemm.json"
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    best = max(measure_gemm(device, dtype), known.get(key, 0.0))
-    if best > known.get(key, 0.0):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(known | {key: best}, indent=2) + "\n")
-        except OSError:  # a read-only home: measured again next time
-            pass
-    return best
+    return best_known(key, lambda: measure_gemm(device, dtype))
 
 
 def measure_gemm(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
@@ -142,24 +125,10 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes in use so far: the device's allocator, or the process's resident set on a CPU."""
     if device.type != "cpu":
         return getattr(torch, device.type).max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def cache_folder() -> Path:
-    """``$QWEN_CACHE``, or ``.cache`` in the repository."""
-    return Path(os.environ.get("QWEN_CACHE") or Path(__file__).resolve().parents[3] / ".cache")
+    return peak_resident()
 
 
 def _machine(device: torch.device, threads: int) -> str:
     if device.type != "cpu":
         return getattr(torch, device.type).get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    return f"{name}, {threads} threads"
+    return processor(threads)

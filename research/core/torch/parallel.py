@@ -32,6 +32,7 @@ class World:
     size: int = 1
     sharded: bool = False  # weights, gradients and optimiser state are split over the cards
     store: dist.Store | None = None
+    folder: str = "."  # the run's
 
     @classmethod
     def join(cls, cfg: Config) -> World:

@@ -1,0 +1,141 @@
+"""The workers of one run, with the collectives that exist on the CPU and on Ascend alike: AllReduce, AllGather, Broadcast.
+
+MindSpore's collectives act on tensors of numbers; what else the workers tell each other travels as bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research.core.config.schema import Config
+from research.core.launch.environment import place
+from research.core.mindspore import runtime
+from research.core.run.folder import write_text
+
+_ASK_S = 0.5
+
+
+@dataclass
+class World:
+    """This process among all workers. With one worker every method is the identity."""
+
+    device: str = "cpu"  # as users call it: cpu or npu
+    rank: int = 0
+    size: int = 1
+    shard_optimizer: bool = False
+    sharded: bool = False  # whether a worker lacks a part of the weights
+    folder: str = "."  # the run's, which all workers see
+
+    @classmethod
+    def join(cls, cfg: Config) -> World:
+        """Start MindSpore, and meet the workers that msrun or a rank table announced in the environment, or be alone."""
+        here = place()
+        local_rank, sharing = (0, 1) if here is None else (here.local_rank, here.local_size)
+        if cfg.device.index is not None and sharing == 1:
+            local_rank = cfg.device.index
+        started = runtime.start(cfg.device, local_rank=local_rank, sharing=sharing)
+        device = "cpu" if started.on_cpu else "npu"
+        if here is None or here.size == 1:
+            return cls(device)
+        from mindspore.communication import get_group_size, get_rank, init
+
+        init()
+        return cls(device, get_rank(), get_group_size(), cfg.parallel.shard == "optimizer")
+
+    def leave(self) -> None:
+        if self.size > 1:
+            self.sum(0.0)  # nobody leaves before the others have what they wait for
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the workers in float64, in the order of their ranks."""
+        if self.size == 1:
+            return list(values)
+        # The collectives know no float64: its bytes are gathered, and added up here.
+        own = np.array(values, np.float64).view(np.int32)
+        every = self._gather(own).reshape(self.size, -1)
+        return np.ascontiguousarray(every).view(np.float64).sum(0).tolist()
+
+    def tell(self, value: Any) -> Any:
+        """The main rank's ``value`` (anything that JSON holds), on every rank."""
+        if self.size == 1:
+            return value
+        text = json.dumps(value).encode() if self.main else b""
+        return json.loads(self._spread(text))
+
+    def _spread(self, text: bytes) -> bytes:
+        length = int(self._broadcast(np.array([len(text)], np.int32))[0])
+        words = np.zeros(-(-length // 4), np.int32)
+        if self.main:
+            words.view(np.uint8)[:length] = np.frombuffer(text, np.uint8)
+        return self._broadcast(words).tobytes()[:length] if length else b""
+
+    def after_main(self, name: str, work: Callable[[], str]) -> str:
+        """What ``work`` returns on the main rank, on every rank, however long it takes. A collective that nobody joins for
+        a while ends in an error, so the others look for a file instead, in ``folder``, which every node has to see."""
+        if self.size == 1:
+            return work()
+        token = self.tell(f"{os.getpid()}-{time.time_ns()}")  # an earlier run in this folder may have left a file
+        path = Path(self.folder) / f".{name.replace(' ', '-')}-{token}.answer"
+        if self.main:
+            answer = work()
+            write_text(path, answer)
+        else:
+            while not path.is_file():
+                time.sleep(_ASK_S)
+            answer = path.read_text(encoding="utf-8")
+        self.sum(0.0)  # everybody has read it
+        if self.main:
+            path.unlink()
+        return answer
+
+    def gather(self, table: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """The ``table`` of every rank, on every rank; names, shapes and dtypes must be the same on all."""
+        if self.size == 1:
+            return [table]
+        tables: list[dict[str, np.ndarray]] = [{} for _ in range(self.size)]
+        for name, value in table.items():
+            value = np.ascontiguousarray(value)
+            padded = np.zeros(-(-value.nbytes // 4) * 4 or 4, np.uint8)
+            padded[: value.nbytes] = value.reshape(-1).view(np.uint8)
+            every = self._gather(padded.view(np.int32)).reshape(self.size, -1)
+            for rank, row in enumerate(every):
+                bits = np.ascontiguousarray(row).view(np.uint8)[: value.nbytes]
+                tables[rank][name] = bits.view(value.dtype).reshape(value.shape)
+        return tables
+
+    def _gather(self, values: np.ndarray) -> np.ndarray:
+        from mindspore import Tensor, ops
+
+        return ops.AllGather()(Tensor(values)).asnumpy()
+
+    def _broadcast(self, values: np.ndarray) -> np.ndarray:
+        from mindspore import Tensor, ops
+
+        return ops.Broadcast(0)((Tensor(values),))[0].asnumpy()
+
+
+def keep_fewer_activations(decoder, checkpointing: str) -> None:
+    """``train.checkpointing`` as a pass over the decoder, before it is first called: ``full`` computes each layer again in
+    the backward pass; ``selective`` only the norms and the feed-forward's product, and keeps the matmuls' outputs."""
+    if checkpointing == "full":
+        for layer in decoder.model.layers:
+            layer.recompute()
+    elif checkpointing == "selective":
+        for layer in decoder.model.layers:
+            layer.input_layernorm.recompute()
+            layer.post_attention_layernorm.recompute()
+            for cell in (layer.mlp, getattr(layer.mlp, "shared_expert", None)):
+                if hasattr(cell, "product"):
+                    cell.product.recompute()

@@ -1,0 +1,148 @@
+"""Training on MindSpore: what a step of the loop (:mod:`research.core.run.loop`) computes.
+
+Three graphs, each compiled once: forward and backward of a micro batch, which adds to the gradients; their sum over the
+workers with its norm; the update. Between them the host looks at the numbers, so that a loss or a norm that is not finite
+stops the run before the update. That is why steps are not sunk into the data graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor
+
+from research.core.config.schema import Config
+from research.core.data.dataset import Batch, PackedDataset
+from research.core.mindspore.checkpoint import NumpyTables, random_state, restore_random_state
+from research.core.mindspore.decoder import Decoder
+from research.core.mindspore.feed import Feed
+from research.core.mindspore.lora import has_lora
+from research.core.mindspore.loss import Objective
+from research.core.mindspore.optimizer import Backward, Optimizer
+from research.core.mindspore.parallel import World, keep_fewer_activations
+from research.core.mindspore.roofline import gemm_flops, peak_memory, wait
+from research.core.mindspore.scaling import LossScale
+from research.core.mindspore.weights import to_numpy
+from research.core.run.checkpoint import Checkpoint
+from research.core.run.folder import RunFolder
+from research.core.run.identity import frozen_fingerprint, sample_step
+from research.core.run.loop import Agreed, Loop
+from research.core.run.meter import Meter
+
+
+class Trainer(Loop):
+    """One training of ``decoder`` on ``data``. Build it, then call :meth:`fit` once; the same arguments as torch's.
+
+    The decoder holds its weights already (and its adapters, for LoRA: then only they train) and has not been called with
+    gradients yet.
+    """
+
+    backend = "mindspore"
+    tables = NumpyTables()
+    pad_to = None  # one shape, one graph
+
+    def __init__(
+        self,
+        cfg: Config,
+        decoder: Decoder,
+        data: PackedDataset,
+        held_out: PackedDataset | None,
+        run: RunFolder,
+        world: World,
+        *,
+        identity: dict[str, Any] | None = None,
+        sample: Callable[[Decoder], str] | None = None,
+    ):
+        train, spec = cfg.train, decoder.spec
+        self.decoder, self.world = decoder, world
+        lora = has_lora(decoder)
+        base = frozen_fingerprint(_frozen_samples(decoder)) if lora else None
+        self.prepare(cfg, spec, data, held_out, run, lora=lora, base=base, identity=identity, sample=sample)
+
+        keep_fewer_activations(decoder, train.checkpointing)
+        splits = [data, held_out] if held_out is not None and len(held_out) else [data]
+        self.feed = Feed(spec, splits, train.micro_batch, decoder.kernels)
+        trained = [parameter for parameter in decoder.get_parameters() if parameter.requires_grad]
+        self.optimizer = Optimizer(trained, train, world.size, world.rank, world.shard_optimizer)
+        self.objective = Objective(decoder, train.head_chunk, spec.moe is not None)
+        self.forward_backward = Backward(self.objective, self.optimizer)
+        half = decoder.dtype == ms.float16
+        self.loss_scale = LossScale(train.loss_scale, train.loss_scale_window) if half else LossScale()
+        trainable = sum(parameter.size for parameter in trained)
+        roofline = world.size * gemm_flops(decoder.dtype)
+        self.meter = Meter(spec, roofline, peak_memory, trainable if lora else None)
+        ms.set_seed(train.seed + world.rank)
+        self.begin()
+
+    def set_train(self, on: bool) -> None:
+        self.decoder.set_train(on)
+        self.decoder.block = self.feed.block  # for these rows; prompts know no such limit
+
+    def close(self) -> None:
+        self.decoder.block = None
+        super().close()
+
+    def backward(self, micro_batches: list[Batch], agreed: Agreed) -> tuple[float, float | None, float]:
+        inputs = [self.feed(batch)[:-1] for batch in micro_batches]
+        while True:
+            loss, balance = self.accumulate(inputs, agreed)
+            loss, balance = self.world.sum(loss, balance)
+            norm = self.optimizer.norm(self.loss_scale.value)
+            if math.isfinite(norm) or not math.isfinite(loss) or not self.loss_scale.overflow():
+                return loss, balance if self.objective.router else None, norm
+            self.run.say(f"step {self.at.step + 1}: fp16 overflow, the loss scale is now {self.loss_scale.value:g}")
+            self.optimizer.clear()
+
+    def accumulate(self, inputs: list[tuple], agreed: Agreed) -> tuple[float, float]:
+        """Gradients of this worker's micro batches -> their part of the global batch's loss and router balance."""
+        per_target = 1.0 / max(1, agreed.targets)
+        per_forward = 1.0 / (self.train.accumulation * self.world.size)
+        scale = Tensor(per_target * self.loss_scale.value, ms.float32)
+        router_scale = Tensor(self.router_aux * per_forward * self.loss_scale.value, ms.float32)
+        found = [self.forward_backward(*given, scale, router_scale) for given in inputs]
+        totals = [(float(total.asnumpy()), float(balance.asnumpy())) for total, balance in found]
+        return sum(t for t, _ in totals) * per_target, sum(b for _, b in totals) * per_forward
+
+    def apply(self, rate: float) -> None:
+        self.optimizer.step(rate)
+        self.loss_scale.succeeded()
+        wait()
+
+    def held_out_loss(self, batch: Batch) -> float:
+        return float(self.objective(*self.feed(batch, evaluation=True))[0].asnumpy())
+
+    def answer(self) -> str:
+        state = random_state()
+        self.decoder.block = None
+        text = self.sample(self.decoder)
+        restore_random_state(state)
+        return text
+
+    # --- checkpoints ---
+
+    def capture(self) -> tuple[dict, dict, list[dict]] | None:
+        model, optimizer = self.optimizer.trained(), self.optimizer.state()
+        states = self.world.gather(random_state())
+        return (model, optimizer, states) if self.world.main else None
+
+    def load(self, found: Checkpoint, random: dict) -> None:
+        self.optimizer.load(found.model, found.optimizer)
+        if random:
+            restore_random_state(random)
+        self.loss_scale.restore(found.meta.get("extra", {}))
+
+    def extra_state(self) -> dict[str, Any]:
+        return self.loss_scale.state()
+
+    def versions(self) -> dict[str, str]:
+        return {"mindspore": ms.__version__}
+
+
+def _frozen_samples(decoder: Decoder):
+    for parameter in decoder.get_parameters():
+        if not parameter.requires_grad:
+            flat = to_numpy(parameter).reshape(-1)
+            yield parameter.name, tuple(parameter.shape), flat[:: sample_step(flat.size)]

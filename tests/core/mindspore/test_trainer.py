@@ -1,0 +1,162 @@
+"""MindSpore's trainer: torch's losses, resume (also of the other backend's checkpoints), and what stops it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from research.core.config.schema import LoraConfig
+from research.core.errors import Interrupted, UserError
+from research.core.run.folder import RunFolder
+from research.core.run.metrics import read_metrics
+from tests.core.mindspore.training_case import build, train, train_torch
+from tests.core.torch.training_case import MOE, config, write_data
+
+LORA = LoraConfig(rank=4)
+DROPOUT = LoraConfig(rank=4, dropout=0.3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "d", rows=30)
+
+
+def _losses(run, kind="train") -> list[tuple[int, float]]:
+    return [(r["step"], r["loss"]) for r in read_metrics(run, kind)]
+
+
+def _same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert np.array_equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("case", ["full", "lora", "moe"])
+def test_five_steps_have_torchs_losses_norms_and_weights(tmp_path, data, case):
+    """Packed rows, two micro batches a step, clipped gradients, an evaluation."""
+    options = {"lora": LORA} if case == "lora" else {}
+    if case == "moe":
+        options = {"model_type": "qwen2_moe", "moe": MOE, "tied": False}
+    settings = {"steps": 5, "accumulation": 2, "clip_norm": 0.7, "head_chunk": 24}
+    mine, weights = train(config(**settings), data, tmp_path / "a", **options)
+    theirs, expected = train_torch(config(**settings), data, tmp_path / "b", **options)
+    for one, other in zip(read_metrics(tmp_path / "a"), read_metrics(tmp_path / "b"), strict=True):
+        assert one["step"] == other["step"]
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+        for name in ("grad_norm", "router_balance"):
+            assert one.get(name) == pytest.approx(other.get(name), rel=1e-3)
+        assert one.get("lr") == other.get("lr")
+    assert weights.keys() == expected.keys() and mine.tokens == theirs.tokens
+    for name, value in weights.items():  # Adam magnifies rounding near zero: five steps of up to lr = 3e-3 each
+        assert np.abs(value - expected[name]).max() < 2e-3, name
+
+
+@pytest.mark.parametrize("lora", [None, DROPOUT], ids=["full", "lora with dropout"])
+def test_three_steps_and_three_more_equal_six_bit_for_bit(tmp_path, data, lora):
+    settings = {"steps": 6, "eval_every": 3, "micro_batch": 4}
+    whole, weights = train(config(**settings), data, tmp_path / "a", lora=lora)
+    with pytest.raises(Interrupted):  # asked to stop at step 2, saved and stopped after step 3
+        train(config(**settings, sample_every=2), data, tmp_path / "b", lora=lora, sample=_interrupt)
+    assert [p.name for p in (tmp_path / "b" / "checkpoints").iterdir()] == ["step-00000003"]
+    again, resumed = train(config(**settings, resume=True), data, tmp_path / "b", lora=lora)
+    _same(weights, resumed)
+    assert (whole.eval_loss, whole.loss, whole.tokens) == (again.eval_loss, again.loss, again.tokens)
+    assert _losses(tmp_path / "a") == _losses(tmp_path / "b")
+
+
+def _interrupt(model) -> str:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return "stopping"
+
+
+@pytest.mark.parametrize("first", ["torch", "mindspore"])
+def test_checkpoint_goes_on_in_the_other_backend(tmp_path, data, capsys, first):
+    begin, end = (train_torch, train) if first == "torch" else (train, train_torch)
+    settings = {"micro_batch": 4, "schedule": "constant", "warmup_steps": 0}
+    begin(config(steps=6, **settings), data, tmp_path / "a")
+    begin(config(steps=3, **settings), data, tmp_path / "b")
+    capsys.readouterr()
+    summary, _ = end(config(steps=6, resume=True, **settings), data, tmp_path / "b")
+    assert f"the checkpoint is from {first}" in capsys.readouterr().err
+    assert summary.steps == 6
+    for (step, one), (_, other) in zip(_losses(tmp_path / "a"), _losses(tmp_path / "b"), strict=True):
+        assert one == pytest.approx(other, abs=1e-4), step
+
+
+def test_accumulation_micro_batch_and_checkpointing_do_not_change_the_training(tmp_path, data):
+    train(config(steps=3, micro_batch=6), data, tmp_path / "one")
+    for name, settings in (
+        ("accumulated", {"micro_batch": 2, "accumulation": 3}),
+        ("full", {"micro_batch": 6, "checkpointing": "full"}),
+        ("selective", {"micro_batch": 6, "checkpointing": "selective"}),
+    ):
+        train(config(steps=3, **settings), data, tmp_path / name)
+        for (_, a), (_, b) in zip(_losses(tmp_path / "one"), _losses(tmp_path / name), strict=True):
+            assert a == pytest.approx(b, abs=1e-5), name
+
+
+@pytest.mark.parametrize("what", ["weight", "gradient"])
+def test_non_finite_step_keeps_the_batch_and_makes_no_update(tmp_path, data, what):
+    with RunFolder(tmp_path / "r", task="finetune", model="case") as run:
+        trainer = build(config(micro_batch=4), data, run)
+        if what == "weight":
+            weight = trainer.decoder.model.layers[1].mlp.up_proj.weight
+            value = weight.asnumpy().copy()
+            value[0, 0] = math.nan
+            weight.set_data(Tensor(value))
+        else:
+            trainer.optimizer.sums[0].set_data(Tensor(np.full(trainer.optimizer.sums[0].shape, math.inf, np.float32)))
+        before = trainer.optimizer.trained()
+        with pytest.raises(UserError, match=r"step 1: loss .*the update was not made.*\n.*lower train.lr"):
+            trainer.fit()
+        after = trainer.optimizer.trained()
+    assert all(np.array_equal(before[name], after[name], equal_nan=True) for name in before)
+    saved = np.load(tmp_path / "r" / "nonfinite-step1-rank0.npz")
+    assert json.loads(str(saved["info"]))["step"] == 1 and saved["input_ids_0"].shape[0] == 4
+    assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from tests.core.mindspore.training_case import train
+from tests.core.torch.training_case import config
+folder, data = Path(sys.argv[1]), Path(sys.argv[2])
+def wait(model):
+    (folder / "reached").touch()
+    time.sleep(120)
+train(config(steps=8, save_every=2, async_save=True, sample_every=5, micro_batch=4), data, folder / "b", sample=wait)
+"""
+
+
+@pytest.mark.slow
+def test_kill_between_two_saves_then_resume_equals_the_uninterrupted_run(tmp_path, data, repo):
+    _, weights = train(config(steps=8, micro_batch=4), data, tmp_path / "a")
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(data)]
+    process = subprocess.Popen(command, cwd=repo, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 240
+        while not (tmp_path / "reached").exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        _, err = process.communicate()
+    assert (tmp_path / "reached").exists() and (tmp_path / "b" / "lock").exists(), err[-2000:]
+    _, resumed = train(config(steps=8, micro_batch=4, resume=True), data, tmp_path / "b")
+    _same(weights, resumed)
+    assert [step for step, _ in _losses(tmp_path / "b")] == list(range(1, 9))
+
+
+def test_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path, data):
+    train(config(steps=1, micro_batch=4), data, tmp_path / "a")
+    with pytest.raises(UserError, match=r"model.layers was 2, is now 3"):
+        train(config(steps=2, micro_batch=4, resume=True), data, tmp_path / "a", layers=3)
