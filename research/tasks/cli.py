@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from research.core.config.backends import without_effect
-from research.core.config.compose import compose, compose_resumed, from_yaml, group_options, translate_flags
+from research.core.config.compose import compose, compose_resumed, from_yaml, group_options
+from research.core.config.flags import translate
 from research.core.config.schema import Config
 from research.core.errors import ConfigError, run_cli
 from research.core.launch.environment import is_scheduler
 
 # Tasks that go on from a run folder take its model unless another is named.
 _FROM_RUN = ("predict", "chat", "export", "merge")
+# Tasks that have no MindSpore half (yet).
+_TORCH_ONLY = ("merge", "perplexity")
 
 
 def main(argv: Sequence[str] | None = None, family: str | None = None) -> int:
@@ -29,10 +32,24 @@ def run_task(words: Sequence[str], family: str | None = None) -> int:
         return 0
     if is_scheduler():
         return bring_workers_together()
+    config = configuration(words, family)
+    if config.backend == "mindspore" and config.task.name in _TORCH_ONLY:
+        raise ConfigError(
+            f"{config.task.name} runs on torch only in this version", where="backend=mindspore", hint="BACKEND=torch"
+        )
+    return importlib.import_module(f"research.tasks.{config.task.name}").run(config)
+
+
+def configuration(words: Sequence[str], family: str | None = None) -> Config:
+    """The settings that ``words`` come to, flags included; what has no effect is noted. Raises :class:`ConfigError`."""
+    translation = translate(words, family)
+    words = translation.words
+    for note in translation.notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
     config = compose(words)
     if config.train.resume and (Path(config.run) / "config.yaml").is_file():
         config = compose_resumed(words, config.run)
-    named = {word.split("=", 1)[0] for word in translate_flags(words)}
+    named = {word.split("=", 1)[0] for word in words}
     if "model" not in named:
         _model_from_folder(config)
     elif family is not None and config.model.family != family:
@@ -43,7 +60,7 @@ def run_task(words: Sequence[str], family: str | None = None) -> int:
         )
     for note in without_effect(config):
         print(f"note: {note}", file=sys.stderr, flush=True)
-    return importlib.import_module(f"research.tasks.{config.task.name}").run(config)
+    return config
 
 
 def bring_workers_together() -> int:

@@ -179,8 +179,6 @@ def _check_together(config: Config) -> None:
             where="train.resume=true",
             hint="make finetune RUN=<folder> ARGS=train.resume=true",
         )
-    if config.backend == "mindspore":
-        raise ConfigError("this version runs on torch only", where="backend=mindspore", hint="BACKEND=torch")
 
 
 def _get(config: Config, key: str):

@@ -174,6 +174,8 @@ class Override:
         return self.value if setting_type(self.key) is str else _json_texts(self.value)
 
     def for_hydra(self) -> str:
+        if self.group and self.value == "null":
+            return f"~{self.key}"
         return f"{'' if self.group else '++'}{self.key}={self.value}"
 
 

@@ -29,9 +29,7 @@ class DataConfig:
     """What is trained on, and how a record becomes tokens."""
 
     source: str = "skills"  # a built-in name (skills) or a file, folder or glob; several separated by commas
-    format: str = (
-        "auto"  # auto | alpaca | messages | sharegpt | text | wikitext | skills | mindrecord (.json .jsonl .gz .parquet .txt ...)
-    )
+    format: str = "auto"  # auto | alpaca | messages | sharegpt | text | wikitext | skills | mindrecord (.json .jsonl .gz .parquet .txt ...)
     documents: str = "blank"  # what separates documents of plain text: blank (lines) | line | file
     seq_length: int = 512
     supervise: str = "assistant"  # assistant | last | all | mindformers

@@ -100,11 +100,11 @@ def test_data_may_be_a_file(tmp_path):
 
 def test_mindformers_flags_become_settings(tmp_path):
     config = compose(
-        ["--run_mode", "predict", "--load_checkpoint", "/w", "--predict_data", "hello, world", "--seq_length=128"]
+        ["--run_mode", "predict", "--load_checkpoint", "/w", "--predict_data", "hello, world", "--predict_length=128"]
         + ["--vocab_file", "/v/vocab.json", "--merges_file", "/v/merges.txt"]
     )
     assert config.task.name == "predict"
-    assert (config.weights, config.prompt, config.data.seq_length) == ("/w", "hello, world", 128)
+    assert (config.weights, config.prompt, config.generate.max_new_tokens) == ("/w", "hello, world", 128)
     assert config.tokenizer == "/v"
 
 
@@ -166,3 +166,8 @@ def test_ranks_take_their_number_and_backend_from_the_launcher(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert compose([]).parallel.cards == 3
+
+
+def test_a_recipe_can_be_left_out():
+    with_recipe, without = compose(["model=qwen2_5_tiny"]), compose(["model=qwen2_5_tiny", "recipe=null"])
+    assert with_recipe.train.steps is not None and without.train.steps is None
