@@ -96,6 +96,13 @@ def check_training(cfg: Config, spec: DecoderSpec, weights: Path | None) -> None
         raise ConfigError(
             "an embedding model has no output matrix to train", where=f"model={cfg.model.name}", hint="another MODEL"
         )
+    parallel = cfg.parallel
+    if parallel.tensor * parallel.pipeline > 1:
+        raise ConfigError(
+            "training splits the data and the optimiser's state over the workers, not the layers",
+            where=f"parallel.tensor={parallel.tensor} parallel.pipeline={parallel.pipeline}",
+            hint="parallel.shard=optimizer",
+        )
     if cfg.data.seq_length > spec.usable_length:
         raise ConfigError(
             f"{cfg.model.name} is made for sequences of at most {spec.usable_length} tokens",

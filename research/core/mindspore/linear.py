@@ -34,6 +34,22 @@ class Linear(nn.Cell):
         return self.bias_add(out, self.bias) if self.has_bias else out
 
 
+class GatedProduct(nn.Cell):
+    """silu(gate) * up; a Cell of its own, so that selective checkpointing can compute it again."""
+
+    def __init__(self, kernels: str):
+        super().__init__()
+        self.kernels = kernels
+        self.swiglu = native.swiglu() if kernels == "native" else None
+
+    def construct(self, gate, up):
+        if self.kernels == "ascend":
+            return fused.swiglu(gate, up)
+        if self.kernels == "native":
+            return self.swiglu(gate, up)
+        return ops.silu(gate) * up
+
+
 class MLP(nn.Cell):
     """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
@@ -42,15 +58,7 @@ class MLP(nn.Cell):
         self.gate_proj = Linear(hidden, ffn, False, dtype)
         self.up_proj = Linear(hidden, ffn, False, dtype)
         self.down_proj = Linear(ffn, hidden, False, dtype)
-        self.kernels = kernels
-        self.swiglu = native.swiglu() if kernels == "native" else None
+        self.product = GatedProduct(kernels)
 
     def construct(self, x):
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.kernels == "ascend":
-            inner = fused.swiglu(gate, up)
-        elif self.kernels == "native":
-            inner = self.swiglu(gate, up)
-        else:
-            inner = ops.silu(gate) * up
-        return self.down_proj(inner)
+        return self.down_proj(self.product(self.gate_proj(x), self.up_proj(x)))

@@ -62,6 +62,8 @@ def start(
 
     target = _target(cfg.kind)
     threads = cfg.threads or _cores(sharing)
+    if _started is not None and target == "CPU":
+        threads = _started.threads  # MindSpore takes the number once
     wanted = Runtime(target, graph, threads, deterministic)
     if _started is not None and _started.target != target:
         raise ConfigError(f"this process already computes on {_started.target}", where=f"device.kind={cfg.kind}")
@@ -72,7 +74,7 @@ def start(
             ms.set_device(target)
     if wanted != _started:
         ms.set_context(mode=ms.GRAPH_MODE if graph else ms.PYNATIVE_MODE)
-        if target == "CPU":
+        if target == "CPU" and _started is None:  # once in a process
             ms.device_context.cpu.op_tuning.threads_num(threads)
         if deterministic:
             ms.set_deterministic(True)

@@ -22,7 +22,7 @@ from tests.core.torch import training_case
 
 def decoder(*, lora: LoraConfig | None = None, **changes) -> Decoder:
     """The torch case's decoder, value by value."""
-    runtime.start(DeviceConfig(kind="cpu", threads=1))
+    runtime.start(DeviceConfig(kind="cpu"))
     theirs = training_case.decoder(**changes)
     model = Decoder(theirs.spec)
     values = dict(theirs.named_parameters())
