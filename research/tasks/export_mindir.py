@@ -14,7 +14,7 @@ from research.core.mindspore.mindir import FULL, INC, META, TOKENIZER, GraphShap
 from research.core.spec import spec_to_hf
 from research.core.weights.generation import read_generation_defaults
 from research.tasks.answering import check_fingerprints, end_tokens
-from research.tasks.exporting import tokenizer_files
+from research.tasks.exporting import note, tokenizer_files
 from research.tasks.framework import half
 from research.tasks.sources import (
     check_architecture,
@@ -74,7 +74,7 @@ def run(cfg: Config) -> int:
         (aside / TOKENIZER).mkdir()
         for name, content in tokenizer_files(tokenizer, template).items():
             (aside / TOKENIZER / name).write_bytes(content)
-        note = read_note(beside)
+        system = read_note(beside).get("system")  # what the weights were trained with; None: the template's own
         dtype = str(decoder.dtype).lower()
         meta = Meta(
             model=cfg.model.name,
@@ -87,8 +87,8 @@ def run(cfg: Config) -> int:
             sampling={key: getattr(defaults, key) for key in ("temperature", "top_k", "top_p", "repetition_penalty")},
             tokenizer=tokenizer.fingerprint,
             template=template.fingerprint,
-            template_name=note.get("template_name"),
-            system=cfg.generate.system if cfg.generate.system is not None else note.get("system"),
+            template_name=note(cfg, tokenizer, template)["template_name"],
+            system=system if cfg.generate.system is None else cfg.generate.system,
             graphs=graphs,
             mindspore=version("mindspore"),
             weights=str(weights),

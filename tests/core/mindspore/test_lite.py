@@ -17,7 +17,7 @@ from research.core.generation.sampling import Sampling
 from research.core.mindspore import lite
 from research.core.mindspore.decoder import Decoder
 from research.core.mindspore.export import export_graphs
-from research.core.mindspore.mindir import FULL, INC, GraphShapes, Meta, graph_file, read_meta
+from research.core.mindspore.mindir import FULL, INC, GraphShapes, Meta, graph_file, read_meta, variables_folder
 from research.core.mindspore.weights import set_value
 from research.core.spec import DecoderSpec, spec_to_hf
 from research.core.torch import generate as torchs
@@ -88,10 +88,17 @@ def test_full_and_incremental_graphs_give_128_tokens_of_the_decoder(spec, shapes
 
 
 @pytest.mark.slow
-def test_without_an_incremental_graph_the_full_one_gives_the_same_tokens(tmp_path):
+def test_without_an_incremental_graph_and_with_weights_beside_it_the_full_one_gives_the_same_tokens(
+    tmp_path, monkeypatch
+):
+    from mindspore.train import serialization
+
+    monkeypatch.setattr(serialization, "TOTAL_SAVE", 0)  # KB from which MindSpore writes a model's weights beside it
     ours = _decoder(replace(BASE, layers=1))
     meta = _exported(ours, tmp_path, GraphShapes(32, batch=2, past=False))
     assert not graph_file(tmp_path, INC, 0).exists()
+    beside = sum(file.stat().st_size for file in variables_folder(tmp_path, FULL, 0).iterdir())
+    assert beside >= 4 * ours.spec.parameters() and graph_file(tmp_path, FULL, 0).stat().st_size < beside
     runner = lite.LiteRunner(meta, tmp_path, lite.GraphCellRuntime(DeviceConfig(kind="cpu")))
     got = run_requests(runner, [Request(p, max_new_tokens=12) for p in PROMPTS[:2]], batch=2)
     assert [r.ids for r in got] == torchs.generate(ours, PROMPTS[:2], max_new_tokens=12)
