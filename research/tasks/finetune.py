@@ -13,7 +13,7 @@ def run(cfg: Config) -> int:
     with start(cfg) as job:
         data = prepare_data(job)
         decoder = build_decoder(job)
-        exam = skills_exam(job)
+        exam = skills_exam(job, data)
         examine(job, exam, decoder, "before")
         trainer = train(job, decoder, data)
         export(job, trainer)

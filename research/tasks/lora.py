@@ -24,7 +24,7 @@ def run(cfg: Config) -> int:
         data = prepare_data(job)
         decoder = build_decoder(job)
         add_adapter(job, decoder)
-        exam = skills_exam(job)
+        exam = skills_exam(job, data)
         examine(job, exam, decoder, "before")
         trainer = train(job, decoder, data)
         export(job, trainer)

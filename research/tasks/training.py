@@ -14,11 +14,19 @@ from research.core.config.compose import to_yaml
 from research.core.config.schema import Config
 from research.core.errors import ConfigError, UserError
 from research.core.run.folder import RunFolder
-from research.core.spec import DecoderSpec, spec_from_hf
+from research.core.spec import DecoderSpec
 from research.registry import model_spec
 from research.tasks.exporting import export_options, is_chat, note
 from research.tasks.framework import half
-from research.tasks.sources import check_architecture, read_json, resolve_template, resolve_tokenizer, resolve_weights
+from research.tasks.sources import (
+    check_architecture,
+    check_grid,
+    read_json,
+    resolve_template,
+    resolve_tokenizer,
+    resolve_weights,
+    spec_of_weights,
+)
 
 if TYPE_CHECKING:
     from research.core.evaluation.skills import Exam, Score
@@ -49,15 +57,16 @@ def start(cfg: Config) -> Iterator[Job]:
 
     Everything a user can have got wrong is found here or in :func:`prepare_data`, before any long work.
     """
-    weights = resolve_weights(cfg)
+    weights, spec, beside = resolve_weights(cfg), None, None
     if weights is not None:
-        check_architecture(cfg, weights)
+        check_grid(cfg, weights)
+        spec = spec_of_weights(cfg, weights)
+        check_architecture(cfg, weights, spec)
         cfg.weights = str(weights.resolve())
-    tokenizer, template = resolve_tokenizer(cfg, weights), resolve_template(cfg, weights)
-    if weights is None:
+        beside = weights if weights.is_dir() else weights.parent
+    tokenizer, template = resolve_tokenizer(cfg, beside), resolve_template(cfg, beside)
+    if spec is None:
         spec = model_spec(cfg.model, tokens=tokenizer.vocab_size)
-    else:
-        spec = spec_from_hf(read_json(weights / "config.json"), where=str(weights / "config.json"))
     check_training(cfg, spec, weights)
 
     framework = half(cfg.backend, "training")
@@ -246,10 +255,12 @@ def export(job: Job, trainer: Loop) -> Path | None:
 # --- the built-in skills ----------------------------------------------------------------------------------------
 
 
-def skills_exam(job: Job) -> Exam | None:
-    """The held-out questions when the built-in skills are what is trained on."""
+def skills_exam(job: Job, folder: Path) -> Exam | None:
+    """The held-out questions when the built-in skills are what the dataset ``folder`` was made of."""
+    from research.core.data.dataset import read_meta
+
     data = job.cfg.data
-    if data.source != "skills" or not data.eval_records:
+    if read_meta(folder)["settings"].get("source") != "skills" or not data.eval_records:
         return None
     if job.world.sharded:
         job.run.say("note: no exact match with parallel.shard=full: a card has only its part of the weights")
