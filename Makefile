@@ -7,6 +7,8 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What a target needs installed: MindSpore only where it is asked for.
+READY := $(VENV)/.ready$(if $(filter mindspore,$(BACKEND)),-mindspore)
 
 # What a user sets: make finetune MODEL=qwen1_5_7b CARDS=8 ARGS="train.lr=1e-5 data.seq_length=4096"
 export MODEL CARDS NODES NODE_RANK MASTER_ADDR MASTER_PORT BACKEND DEVICE WEIGHTS ADAPTER TOKENIZER DATA RUN OUTPUT A B LOGITS
@@ -25,51 +27,51 @@ help: ## this list
 	@echo '             DATA RUN OUTPUT PROMPT A B LOGITS, and ARGS="setting=value ..." for everything else'
 	@echo '  Settings:  research/core/config/schema.py'
 
-setup: $(VENV)/.ready ## create .venv with the pinned requirements (every target does it by itself)
+setup: $(READY) ## create .venv with the pinned requirements (every target does it by itself)
 
-data: $(VENV)/.ready ## tokenise, pack and audit a data set: make data DATA=alpaca_data.json MODEL=qwen2_5_7b TOKENIZER=folder
+data: $(READY) ## tokenise, pack and audit a data set: make data DATA=alpaca_data.json MODEL=qwen2_5_7b TOKENIZER=folder
 	@scripts/task.sh data $(ARGS)
 
-pretrain: $(VENV)/.ready ## train on plain text: make pretrain DATA=wikitext MODEL=qwen2_5_tiny
+pretrain: $(READY) ## train on plain text: make pretrain DATA=wikitext MODEL=qwen2_5_tiny
 	@scripts/task.sh pretrain $(ARGS)
 
-finetune: $(VENV)/.ready ## train all weights on conversations; without variables: the quick start, nothing to download
+finetune: $(READY) ## train all weights on conversations; without variables: the quick start, nothing to download
 	@scripts/task.sh finetune $(ARGS)
 
-lora: $(VENV)/.ready ## train a low-rank adapter: make lora MODEL=qwen2_5_0_5b DATA=alpaca_data.json
+lora: $(READY) ## train a low-rank adapter: make lora MODEL=qwen2_5_0_5b DATA=alpaca_data.json
 	@scripts/task.sh lora $(ARGS)
 
-predict: $(VENV)/.ready ## answer one prompt: make predict PROMPT='What is 47 plus 8?' [RUN=runs/...]
+predict: $(READY) ## answer one prompt: make predict PROMPT='What is 47 plus 8?' [RUN=runs/...]
 	@scripts/task.sh predict $(ARGS)
 
-chat: $(VENV)/.ready ## talk to a model, on the terminal or over a pipe
+chat: $(READY) ## talk to a model, on the terminal or over a pipe
 	@scripts/task.sh chat $(ARGS)
 
-export: $(VENV)/.ready ## a run's newest checkpoint as a Hugging Face folder, or BACKEND=mindspore as MINDIR graphs: make export RUN=runs/... OUTPUT=folder
+export: $(READY) ## a run's newest checkpoint as a Hugging Face folder, or BACKEND=mindspore as MINDIR graphs: make export RUN=runs/... OUTPUT=folder
 	@scripts/task.sh export $(ARGS)
 
-lite: $(VENV)/.ready ## answer a prompt with exported MINDIR graphs: make lite WEIGHTS=folder PROMPT='What is 47 plus 8?'
+lite: $(VENV)/.ready-mindspore ## answer a prompt with exported MINDIR graphs: make lite WEIGHTS=folder PROMPT='What is 47 plus 8?'
 	@scripts/task.sh lite $(ARGS)
 
-merge: $(VENV)/.ready ## fold an adapter into its weights: make merge WEIGHTS=folder ADAPTER=folder OUTPUT=folder
+merge: $(READY) ## fold an adapter into its weights: make merge WEIGHTS=folder ADAPTER=folder OUTPUT=folder
 	@scripts/task.sh merge $(ARGS)
 
-weights: $(VENV)/.ready ## fetch a released model, or link a local folder: make weights MODEL=qwen2_5_0_5b
+weights: $(READY) ## fetch a released model, or link a local folder: make weights MODEL=qwen2_5_0_5b
 	@scripts/task.sh weights $(ARGS)
 
-convert: $(VENV)/.ready ## between Hugging Face and MindFormers layouts: make convert WEIGHTS=folder OUTPUT=model.ckpt
+convert: $(READY) ## between Hugging Face and MindFormers layouts: make convert WEIGHTS=folder OUTPUT=model.ckpt
 	@scripts/task.sh convert $(ARGS)
 
-split: $(VENV)/.ready ## cut weights into tensor-parallel parts: make split WEIGHTS=folder OUTPUT=parts CARDS=4
+split: $(READY) ## cut weights into tensor-parallel parts: make split WEIGHTS=folder OUTPUT=parts CARDS=4
 	@scripts/task.sh split $(ARGS)
 
-merge-shards: $(VENV)/.ready ## put parts together again: make merge-shards WEIGHTS=parts OUTPUT=folder
+merge-shards: $(READY) ## put parts together again: make merge-shards WEIGHTS=parts OUTPUT=folder
 	@scripts/task.sh merge_shards $(ARGS)
 
-reshard: $(VENV)/.ready ## from any grid to any grid: make reshard WEIGHTS=parts OUTPUT=other CARDS=8
+reshard: $(READY) ## from any grid to any grid: make reshard WEIGHTS=parts OUTPUT=other CARDS=8
 	@scripts/task.sh reshard $(ARGS)
 
-verify: $(VENV)/.ready ## compare two weights of any layouts: make verify A=folder B=model.ckpt LOGITS=1
+verify: $(READY) ## compare two weights of any layouts: make verify A=folder B=model.ckpt LOGITS=1
 	@scripts/task.sh verify $(ARGS)
 
 ranktable: ## the rank table of this host's NPUs, of several hosts' tools/merge_hccl.py: make ranktable CARDS=8 SERVER_IP=address
@@ -98,6 +100,10 @@ clean: ## remove .venv and caches; runs/ stays
 $(VENV)/.ready: requirements.txt
 	@scripts/setup.sh requirements.txt $@
 
-$(VENV)/.ready-dev: requirements/dev.txt requirements.txt
-	@scripts/setup.sh requirements/dev.txt $@
+$(VENV)/.ready-mindspore: requirements/mindspore.txt requirements.txt
+	@scripts/setup.sh requirements/mindspore.txt $@
 	@touch $(VENV)/.ready
+
+$(VENV)/.ready-dev: requirements/dev.txt requirements/mindspore.txt requirements.txt
+	@scripts/setup.sh requirements/dev.txt $@
+	@touch $(VENV)/.ready $(VENV)/.ready-mindspore

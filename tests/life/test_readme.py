@@ -47,7 +47,7 @@ def copy(repo, tmp_path_factory) -> Path:
     python = venv / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    for stamp in (".ready", ".ready-dev"):
+    for stamp in (".ready", ".ready-mindspore", ".ready-dev"):
         (venv / stamp).touch()
     return target
 
