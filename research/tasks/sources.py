@@ -196,6 +196,16 @@ def check_architecture(cfg: Config, folder: Path, found: DecoderSpec | None = No
         )
 
 
+def spec_of_weights(cfg: Config, weights: Path) -> DecoderSpec:
+    """The architecture that ``config.json`` beside the weights says, or (MindFormers files, ranks, parts) they themselves."""
+    config = weights / "config.json"
+    if config.is_file():
+        return spec_from_hf(read_json(config), where=str(config))
+    from research.core.weights.opened import open_weights
+
+    return open_weights(weights, opening(cfg)).spec
+
+
 def model_of_folder(folder: Path) -> ModelConfig:
     """The model that a weight folder says it is: its own ``config.json``, under the name in its note if there is one."""
     note, hf = read_note(folder), read_json(folder / "config.json")

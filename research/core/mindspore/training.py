@@ -20,7 +20,8 @@ from research.core.mindspore.generate import Runner
 from research.core.mindspore.parallel import World
 from research.core.mindspore.trainer import Trainer
 from research.core.mindspore.weights import init_weights, load_decoder, save_weights
-from research.core.spec import DecoderSpec
+from research.core.spec import DecoderSpec, spec_to_hf
+from research.core.weights.opened import OpenOptions
 
 __all__ = ["Trainer", "World", "add_adapter", "build_decoder", "export", "generate", "resolve_dtype"]
 
@@ -54,7 +55,15 @@ def build_decoder(cfg: Config, spec: DecoderSpec, weights: Path | None, dtype, w
     """The decoder with the weights to start from: a folder's, or random ones drawn from ``train.seed``."""
     if weights is None:
         return init_weights(Decoder(spec, dtype), cfg.train.seed)
-    return load_decoder(weights, _name(dtype), expect=spec, allow_pickle=cfg.allow_pickle)
+    said = OpenOptions(
+        concat=cfg.convert.qkv_concat,
+        gmm=cfg.convert.use_gmm,
+        config=cfg.convert.config,
+        strategy=cfg.reshard.strategy,
+        allow_pickle=cfg.allow_pickle,
+        presets=spec_to_hf(spec),
+    )
+    return load_decoder(weights, _name(dtype), expect=spec, opening=said)
 
 
 def add_adapter(cfg: Config, decoder: Decoder, say: Callable[[str], None]) -> None:
