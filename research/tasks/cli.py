@@ -17,7 +17,7 @@ from research.core.launch.environment import is_scheduler
 # Tasks that go on from a run folder take its model unless another is named.
 _FROM_RUN = ("predict", "chat", "export", "merge")
 # Tasks that have no MindSpore half (yet).
-_TORCH_ONLY = ("merge", "perplexity")
+_TORCH_ONLY = ("merge",)
 
 
 def main(argv: Sequence[str] | None = None, family: str | None = None) -> int:

@@ -6,71 +6,59 @@ import math
 import time
 from pathlib import Path
 
-from research.core.config.compose import to_yaml
 from research.core.config.schema import Config
-from research.core.data.dataset import PackedDataset
-from research.core.errors import ConfigError, DataError, WeightsError
-from research.core.run.folder import RunFolder
+from research.core.data.dataset import IGNORE, PackedDataset
+from research.core.errors import DataError, WeightsError
+from research.core.launch.ranks import launch, needs_launch
 from research.core.run.progress import Progress
-from research.core.spec import spec_from_hf
-from research.tasks.data import dataset_for
-from research.tasks.sources import check_architecture, read_json, resolve_template, resolve_tokenizer, resolve_weights
+from research.tasks.framework import half
+from research.tasks.training import Job, build_decoder, prepare_data, start
 
 
 def run(cfg: Config) -> int:
-    if cfg.model.embedding:
-        raise ConfigError(
-            "an embedding model predicts no tokens", where=f"model={cfg.model.name}", hint="another MODEL"
-        )
-    weights = resolve_weights(cfg)
-    if weights is None:
-        raise WeightsError("there are no weights to measure", where="task=perplexity", hint="WEIGHTS=<folder>")
-    check_architecture(cfg, weights)
-    tokenizer, template = resolve_tokenizer(cfg, weights), resolve_template(cfg, weights)
-    spec = spec_from_hf(read_json(weights / "config.json"), where=str(weights / "config.json"))
-    with RunFolder(cfg.run, task="perplexity", model=cfg.model.name) as folder:
-        folder.write_text("config.yaml", to_yaml(cfg))
-        dataset, report = dataset_for(cfg, folder, tokenizer, template, spec)
-        rows = PackedDataset(dataset / "train")
+    if needs_launch(cfg):
+        return launch(cfg)
+    with start(cfg) as job:
+        if job.weights is None:
+            raise WeightsError("there are no weights to measure", where="task=perplexity", hint="WEIGHTS=<folder>")
+        rows = PackedDataset(Path(prepare_data(job)) / "train")
         begin = time.perf_counter()
-        total, targets = measure(cfg, weights, rows, folder)
+        total, targets = measure(job, rows)
         if not targets:
             raise DataError(
                 "no token is supervised: there is no loss", where=cfg.data.source, hint="data.supervise=all"
             )
         loss = total / targets
-        folder.say(
-            f"loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.4g} over {targets:,} targets of {len(rows):,} rows "
+        job.report["result"] = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700)),  # of random weights it may be beyond any number
+            "targets": int(targets),
+            "rows": len(rows),
+        }
+        job.run.say(
+            f"loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.4g} over {int(targets):,} targets of {len(rows):,} rows "
             f"({time.perf_counter() - begin:.1f} s)"
         )
-        result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "targets": targets, "rows": len(rows)}
-        folder.write_report({"result": result} | ({"data": report.to_json()} if report is not None else {}))
     return 0
 
 
-def measure(cfg: Config, weights: Path, rows: PackedDataset, folder: RunFolder) -> tuple[float, int]:
-    """(sum of the cross-entropies, number of targets) over all rows, ``train.micro_batch`` at a time."""
-    import torch
-
-    from research.core.torch.device import resolve_device, resolve_dtype
-    from research.core.torch.layout import Layout
-    from research.core.torch.lora import load_adapter
-    from research.core.torch.loss import Objective
-    from research.core.torch.weights import load_decoder
-
-    device = resolve_device(cfg.device)
-    dtype = resolve_dtype(cfg.train.dtype, device)
-    decoder = load_decoder(weights, dtype, device, attention=cfg.device.attention, allow_pickle=cfg.allow_pickle)
+def measure(job: Job, rows: PackedDataset) -> tuple[float, float]:
+    """(sum of the cross-entropies, number of targets) over all rows, ``train.micro_batch`` of each card at a time."""
+    cfg, world = job.cfg, job.world
+    own = half(cfg.backend, "perplexity")
+    decoder = build_decoder(job)
     if cfg.adapter:
-        load_adapter(decoder, cfg.adapter, allow_pickle=cfg.allow_pickle)
-    objective = Objective(decoder.eval(), cfg.train.head_chunk)
+        half(cfg.backend, "lora").load_adapter(decoder, cfg.adapter, allow_pickle=cfg.allow_pickle)
+    loss_of = own.row_loss(cfg, decoder, rows, world)
     total, targets, size = 0.0, 0, cfg.train.micro_batch
-    with torch.inference_mode(), Progress(folder, len(rows), "measure", "rows") as bar:
-        for start in range(0, len(rows), size):
-            batch = rows.rows(range(start, min(start + size, len(rows))), pad_to=0)
-            layout = Layout.packed(torch.from_numpy(batch.position_ids), torch.from_numpy(batch.doc_ids), device)
-            ids, labels = torch.from_numpy(batch.input_ids).to(device), torch.from_numpy(batch.labels).to(device)
-            summed, _ = objective(ids, labels, layout)
-            total, targets = total + float(summed), targets + batch.supervised
-            bar.update(start + len(batch.input_ids), f"loss {total / max(1, targets):.3f}")
+    with Progress(job.run, len(rows), "measure", "rows") as bar:
+        for begin in range(0, len(rows), size * world.size):
+            first = begin + world.rank * size
+            mine = range(first, min(first + size, len(rows)))
+            batch = rows.rows(mine or [0], pad_to=own.PAD_TO)
+            if not mine:  # every card takes part in every forward, some without a row of their own
+                batch.labels[:] = IGNORE
+            total, targets = total + loss_of(batch), targets + batch.supervised
+            bar.update(min(begin + size * world.size, len(rows)), f"loss {total / max(1, targets):.3f}")
+    total, targets = world.sum(total, targets)
     return total, targets

@@ -82,7 +82,8 @@ def start(cfg: Config) -> Iterator[Job]:
             world.folder = run.path
             job = Job(cfg, framework, run, world, weights, tokenizer, template, spec, dtype)
             if world.main:
-                check_disk(cfg, spec, run.path)
+                if cfg.task.name != "perplexity":
+                    check_disk(cfg, spec, run.path)
                 if cfg.train.resume and (run.path / "report.json").is_file():
                     job.report.update(read_json(run.path / "report.json"))
                 run.write_text("config.yaml", to_yaml(cfg))
