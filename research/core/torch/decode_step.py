@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from research.core.native.build import library
 from research.core.torch.cache import KVCache
 from research.core.torch.decoder import Decoder
 from research.core.torch.layers import MLP, RMSNorm
 from research.core.torch.layout import Layout
-from research.core.native.build import library
 from research.core.torch.packed_linear import Linear
 
 MOST_ROWS = 8

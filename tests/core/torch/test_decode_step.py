@@ -9,13 +9,13 @@ import torch
 
 from research.core.config.schema import LoraConfig
 from research.core.errors import ConfigError
+from research.core.native.build import library
 from research.core.spec import DecoderSpec, MoeSpec, RopeScaling
 from research.core.torch import decode_step
 from research.core.torch.decode_step import MOST_ROWS, DecodeStep
 from research.core.torch.decoder import Decoder
 from research.core.torch.generate import Runner
 from research.core.torch.lora import add_lora
-from research.core.native.build import library
 
 # Sizes that are no multiples of the vector width, and three query heads per kv head.
 BASE = DecoderSpec(
