@@ -22,7 +22,6 @@ from tests.core.mindspore.training_case import build, train, train_torch
 from tests.core.torch.training_case import MOE, config, write_data
 
 LORA = LoraConfig(rank=4)
-DROPOUT = LoraConfig(rank=4, dropout=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +51,15 @@ def test_five_steps_have_torchs_losses_norms_and_weights(tmp_path, data, case):
     for one, other in zip(read_metrics(tmp_path / "a"), read_metrics(tmp_path / "b"), strict=True):
         assert one["step"] == other["step"]
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
-        for name in ("grad_norm", "router_balance"):
-            assert one.get(name) == pytest.approx(other.get(name), rel=1e-3)
-        assert one.get("lr") == other.get("lr")
+        assert one.keys() == other.keys() and one.get("lr") == other.get("lr")
+        for name in {"grad_norm", "router_balance"} & one.keys():
+            assert one[name] == pytest.approx(other[name], rel=1e-3)
     assert weights.keys() == expected.keys() and mine.tokens == theirs.tokens
     for name, value in weights.items():  # Adam magnifies rounding near zero: five steps of up to lr = 3e-3 each
         assert np.abs(value - expected[name]).max() < 2e-3, name
 
 
-@pytest.mark.parametrize("lora", [None, DROPOUT], ids=["full", "lora with dropout"])
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_three_steps_and_three_more_equal_six_bit_for_bit(tmp_path, data, lora):
     settings = {"steps": 6, "eval_every": 3, "micro_batch": 4}
     whole, weights = train(config(**settings), data, tmp_path / "a", lora=lora)
