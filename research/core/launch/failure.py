@@ -125,11 +125,17 @@ def report(
     return "\n".join(out)
 
 
+def summary(first: Ending) -> str:
+    """One line for other hosts."""
+    error = first.error or next(reversed(_last_lines(first.log) if first.log is not None else []), "")
+    return f"{first.name} {_how(first)}{': ' if error else ''}{error.strip().splitlines()[0] if error.strip() else ''}"
+
+
 def _how(ending: Ending) -> str:
     number = ending.status - 128
     if number > 0 and not ending.signed and number in signal.Signals._value2member_map_:
         return f"was ended by {signal.Signals(number).name}"
-    return f"failed with status {ending.status}"
+    return f"ended with status {ending.status}"
 
 
 def _last_lines(log: Path) -> list[str]:

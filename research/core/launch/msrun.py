@@ -8,6 +8,7 @@ that a job has failed, and when it is stopped its workers live on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -24,6 +25,7 @@ from research.core.launch.environment import LAUNCHED, is_scheduler, place
 from research.core.launch.failure import Notes
 from research.core.launch.host import check_port, free_port, is_local, is_loopback, npus, on_npu, resolve
 from research.core.launch.member import WORKER, Member
+from research.core.launch.peers import Peers, Share
 from research.core.launch.processes import supervise
 
 REPO = Path(__file__).resolve().parents[3]
@@ -48,6 +50,12 @@ class Cluster:
     @property
     def nodes(self) -> int:
         return -(-self.workers // self.local)
+
+    def peers(self) -> Peers | None:
+        """The launchers of the other nodes; None on one node. They use the port behind the workers'."""
+        if self.nodes == 1:
+            return None
+        return Peers(Share(self.first, self.local, self.workers), self.address, self.port + 1, self.timeout_s)
 
     @property
     def missing(self) -> str:
@@ -240,10 +248,10 @@ def by_msrun(msrun: str, cluster: Cluster, words: Sequence[str], logs: Path, *, 
     return members
 
 
-def run_members(members: Sequence[Member], hint: str | None = None) -> int:
-    """Supervise ``members`` with a folder for their notes, which is removed afterwards."""
-    with tempfile.TemporaryDirectory(prefix="launch-") as folder:
-        return supervise(members, Notes(Path(folder)), hint=hint)
+def run_members(members: Sequence[Member], hint: str | None = None, peers: Peers | None = None) -> int:
+    """Supervise ``members`` with a folder for their notes, which is removed afterwards, and with the other hosts' launchers."""
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder, peers or contextlib.nullcontext():
+        return supervise(members, Notes(Path(folder)), hint=hint, peers=peers)
 
 
 # --- make BACKEND=mindspore CARDS=N -----------------------------------------------------------------------------
@@ -275,4 +283,4 @@ def launch(cfg: Config, words: Sequence[str] | None = None) -> int:
     logs = REPO / "runs" / "launch" / time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}")
     print(shlex.join(msrun_command(cluster, words, logs)), file=sys.stderr, flush=True)
     members = workers(cluster, [sys.executable, *words], logs, reads_input=True)
-    return run_members(members, hint=cluster.missing)
+    return run_members(members, cluster.missing, cluster.peers())

@@ -15,20 +15,27 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from research.core.launch.failure import Ending, Notes, cause, report
+from research.core.launch.failure import Ending, Notes, cause, report, summary
 from research.core.launch.member import Adopted, Member, Running, become_subreaper, start
+from research.core.launch.peers import Heard, Peers
 
 _POLL_S = 0.05
 _PRINTING_S = 5
 
 
 def supervise(
-    members: Sequence[Member], notes: Notes, *, patience_s: float | None = None, hint: str | None = None
+    members: Sequence[Member],
+    notes: Notes,
+    *,
+    patience_s: float | None = None,
+    hint: str | None = None,
+    peers: Peers | None = None,
 ) -> int:
     """Run ``members`` to their end; returns 0, the failed rank's status, or 128 + signal.
 
     Members without a command are ranks that another member starts; they make themselves known in ``notes``.
-    ``hint``: what to try when the ranks never met. Call it from the main thread, which gets the signals.
+    ``hint``: what to try when the ranks never met. ``peers``: the launchers of the other hosts, whose failures end this host's
+    ranks too. Call it from the main thread, which gets the signals.
     """
     patience_s = float(os.environ.get("LAUNCH_GRACE_S", 60)) if patience_s is None else patience_s
     began = time.time()
@@ -39,16 +46,25 @@ def supervise(
         with _StopSignals() as stop:
             for member in members:
                 running.append(start(member, notes))
-            failed = _watch(running, notes, stop, patience_s)
+            failed = _watch(running, notes, stop, patience_s, peers)
+            heard = failed if isinstance(failed, Heard) else None
+            first = cause(failed) if failed and heard is None else None
+            if first is not None and peers is not None:
+                peers.failed(summary(first), first.status)
             _end_group(running, notes)
         if stop.number is not None:
             return 128 + stop.number
-        if not failed:
+        if heard is not None:
+            _say(f"\nerror: on another host: {heard.text}; the ranks of this host were ended")
+            return heard.status
+        if first is None:
+            if peers is not None:
+                peers.done()
             return 0
-        first = cause(failed)
         ranks = sum(1 for member in members if member.rank is not None)
         shown = [member.log for member in members if member.shown]
-        _say(report(first, failed, ranks, time.time() - began, hint, shown))
+        absent = peers.missing() if peers is not None else None
+        _say(report(first, failed, ranks, time.time() - began, f"{hint} ({absent})" if absent else hint, shown))
         return first.status
     finally:
         _end_group(running, notes)
@@ -78,19 +94,33 @@ class _StopSignals:
         self.number = number if self.number is None else self.number
         self.times += 1
 
+    def come(self, number: int) -> None:
+        """As if the signal had come."""
+        if self.number is None:
+            self._note(number, None)
+
     def _ask(self, _number: int, _frame) -> None:
         self.asked = True
 
 
-def _watch(running: list[Running], notes: Notes, stop: _StopSignals, patience_s: float) -> list[Ending]:
-    """Wait until all ranks have ended well (then []), one has failed (its ending first), or a stop is through."""
+def _watch(
+    running: list[Running], notes: Notes, stop: _StopSignals, patience_s: float, peers: Peers | None
+) -> list[Ending] | Heard:
+    """Wait until all ranks have ended well (then []), some have failed (their endings), another host says that its ranks have,
+    or a stop is through ([])."""
     ranks = [one for one in running if one.member.rank is not None]
     lonely = _Lonely(ranks)
     passed_on, deadline = 0, float("inf")
     while True:
         failed = list(_failures(running, notes))
         if failed and stop.number is None:
-            return _settled(running, notes, failed)
+            return _settled(running, notes, failed, peers)
+        heard = peers.heard() if peers is not None else None
+        if heard is not None and stop.number is None:
+            if heard.kind != "stopped":
+                return heard
+            _say(heard.text)
+            stop.come(signal.SIGTERM)
         if all(one.poll() is not None for one in ranks):
             return []
         if stop.asked:
@@ -101,6 +131,8 @@ def _watch(running: list[Running], notes: Notes, stop: _StopSignals, patience_s:
             if passed_on > 1:
                 return []
             deadline = time.monotonic() + patience_s
+            if peers is not None and peers.heard() is None:
+                peers.stopped(128 + stop.number)
             _say(f"stopping: the ranks have {patience_s:g} s to end in good order; once more ends them at once")
             for one in ranks:
                 one.signal(signal.SIGINT if stop.number == signal.SIGINT else signal.SIGTERM)
@@ -124,10 +156,13 @@ def _failures(running: list[Running], notes: Notes) -> Iterator[Ending]:
             yield Ending(member.name, status, time.time(), one.why, member.log, member.rank)
 
 
-def _settled(running: list[Running], notes: Notes, failed: list[Ending]) -> list[Ending]:
-    """Another look when all that failed so far speak of a lost connection: the rank that was lost is about to show."""
+def _settled(running: list[Running], notes: Notes, failed: list[Ending], peers: Peers | None) -> list[Ending] | Heard:
+    """Another look when all that failed so far speak of a lost connection: the rank that was lost is about to show, here or
+    on another host."""
     deadline = time.monotonic() + 1.0
     while all(ending.secondary for ending in failed) and time.monotonic() < deadline:
+        if peers is not None and peers.heard() is not None:
+            return peers.heard()
         time.sleep(_POLL_S)
         failed = list(_failures(running, notes))
     return failed

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from research.core.errors import ConfigError
-from research.core.launch.environment import LAUNCHED, MEET_S
+from research.core.launch.environment import LAUNCHED
 from research.core.launch.host import free_port, is_local, is_loopback, on_npu, port_is_free
 from research.core.launch.member import Member
 from research.core.launch.msrun import (
@@ -29,7 +29,9 @@ from research.core.launch.msrun import (
     workers,
     wrapped,
 )
+from research.core.launch.peers import Peers, Share
 from research.core.launch.ranktable import RankTable, read_rank_table
+from research.core.launch.torchrun import torch_workers
 from research.core.launch.words import number, parse_range, python_command, split_command, truth
 
 # Seconds in which the workers of the older scripts, which have no argument for it, must have met.
@@ -78,9 +80,10 @@ def range_launcher(script: str, args: Sequence[str]) -> int:
     if table is not None and npu:
         members = _with_table(table, words, ranks, here if single else None, size, args)
         hint = "the same rank table on every node, and all nodes started at the same time"
+        address, port = table.server_address(0), number(os.environ.get("MASTER_PORT") or "8118", "MASTER_PORT")
     else:
         cluster, members = _with_cluster(words, ranks, here if single else range(len(here)), size, table)
-        hint = cluster.missing
+        hint, address, port = cluster.missing, cluster.address, cluster.port
     for member in members:
         member.env = {**extra, **member.env}
     print(
@@ -89,7 +92,9 @@ def range_launcher(script: str, args: Sequence[str]) -> int:
         file=sys.stderr,
         flush=True,
     )
-    return run_members(members, hint=hint)
+    several = len(ranks) < size and address is not None
+    peers = Peers(Share(ranks.start, len(ranks), size), address, port + 1, _MEET_S) if several else None
+    return run_members(members, hint, peers)
 
 
 def _ranks_of_range(single: bool, here: range, size: int, args: Sequence[str]) -> range:
@@ -279,7 +284,7 @@ def msrun_launcher(args: Sequence[str]) -> int:
     else:
         members = workers(cluster, words, logs, show_all=given.show_all)
     _tell(shlex.join(msrun_command(cluster, words[1:] if python else words, logs)), members, logs)
-    return _run(members, given)
+    return _run(members, given, cluster)
 
 
 def torchrun_launcher(args: Sequence[str]) -> int:
@@ -290,34 +295,11 @@ def torchrun_launcher(args: Sequence[str]) -> int:
         return 0
     words = python_command(given.words, sys.executable)
     cluster = given.cluster.meet()
-    members = torch_workers(cluster, words, given.logs, given.show_all)
+    members = torch_workers(cluster, words, given.logs, show_all=given.show_all)
     line = ["torchrun", f"--nnodes={cluster.nodes}", f"--node-rank={cluster.node_rank}"]
     line += [f"--master-addr={cluster.address}", f"--master-port={cluster.port}", f"--nproc-per-node={cluster.local}"]
     _tell(shlex.join([*line, *(words[1:] if wrapped(words) != words else words)]), members, given.logs)
-    return _run(members, given)
-
-
-def torch_workers(cluster: Cluster, words: Sequence[str], logs: Path, show_all: bool = False) -> list[Member]:
-    """This node's ranks under torch.distributed's ``env://``."""
-    members = []
-    for local in range(cluster.local):
-        rank = cluster.first + local
-        env = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(local),
-            "WORLD_SIZE": str(cluster.workers),
-            "LOCAL_WORLD_SIZE": str(cluster.local),
-            "GROUP_RANK": str(cluster.node_rank),
-            "MASTER_ADDR": cluster.address,
-            "MASTER_PORT": str(cluster.port),
-            LAUNCHED: "torch",
-            MEET_S: str(cluster.timeout_s),
-            "PYTHONPATH": os.pathsep.join(path for path in (str(REPO), os.environ.get("PYTHONPATH", "")) if path),
-        }
-        log, prefix = logs / f"worker_{rank}.log", f"[rank {rank}] " if show_all else ""
-        shown = show_all or local == 0
-        members.append(Member(f"rank {rank}", wrapped(words), log, env, rank, shown, prefix, note=f"rank_{rank}"))
-    return members
+    return _run(members, given, cluster)
 
 
 def _tell(line: str, members: Sequence[Member], logs: Path) -> None:
@@ -325,7 +307,7 @@ def _tell(line: str, members: Sequence[Member], logs: Path) -> None:
     print(f"+ {line}\n{', '.join(ranks)} on this host; logs: {logs}/worker_*.log", file=sys.stderr, flush=True)
 
 
-def _run(members: Sequence[Member], given: Positional) -> int:
+def _run(members: Sequence[Member], given: Positional, cluster: Cluster) -> int:
     for member in members:
         member.env = {**given.exports(), **given.extra, **member.env}
-    return run_members(members, hint=given.cluster.missing)
+    return run_members(members, cluster.missing, cluster.peers())

@@ -1,18 +1,25 @@
-"""Several cards: the same program once per card, under torchrun's agent."""
+"""torch on several cards: the same program once per card, with the variables that torchrun sets.
+
+The ranks meet at a store, a process of its own on node 0, so that it outlives whichever rank ends first. They are supervised
+as MindSpore's are (:mod:`research.core.launch.processes`): one failed rank ends all of them, on every node.
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
-import uuid
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from research.core.config.schema import Config, ParallelConfig
-from research.core.launch.environment import place
+from research.core.launch.environment import LAUNCHED, MEET_S, place
+from research.core.launch.host import free_port
+from research.core.launch.member import Member
+from research.core.launch.msrun import REPO, Cluster, run_members, wrapped
 
-REPO = Path(__file__).resolve().parents[3]
+STORE = Path(__file__).with_name("torch_store.py")
 
 
 def needs_launch(cfg: Config) -> bool:
@@ -33,38 +40,60 @@ def torchrun_command(parallel: ParallelConfig, words: Sequence[str]) -> list[str
     return ["torchrun", *where, f"--nproc-per-node={parallel.cards}", *words]
 
 
+def torch_workers(
+    cluster: Cluster, words: Sequence[str], logs: Path, *, show_all: bool = False, reads_input: bool = False
+) -> list[Member]:
+    """This node's ranks, and on node 0 the store at which all meet. ``words``: the program, with its interpreter."""
+    shared = {
+        "WORLD_SIZE": str(cluster.workers),
+        "LOCAL_WORLD_SIZE": str(cluster.local),
+        "GROUP_RANK": str(cluster.node_rank),
+        "MASTER_ADDR": cluster.address,
+        "MASTER_PORT": str(cluster.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already: no rank opens one
+        LAUNCHED: "torch",
+        MEET_S: str(cluster.timeout_s),
+        "PYTHONPATH": os.pathsep.join(path for path in (str(REPO), os.environ.get("PYTHONPATH", "")) if path),
+    }
+    members = []
+    if cluster.node_rank == 0:
+        members.append(
+            Member("store", [sys.executable, str(STORE), cluster.address, str(cluster.port)], logs / "store.log")
+        )
+    for local in range(cluster.local):
+        rank = cluster.first + local
+        members.append(
+            Member(
+                f"rank {rank}",
+                wrapped(words),
+                logs / f"worker_{rank}.log",
+                {**shared, "RANK": str(rank), "LOCAL_RANK": str(local)},
+                rank=rank,
+                shown=show_all or local == 0,
+                prefix=f"[rank {rank}] " if show_all else "",
+                reads_input=reads_input and rank == 0,
+                note=f"rank_{rank}",
+            )
+        )
+    return members
+
+
 def launch(cfg: Config, words: Sequence[str] | None = None) -> int:
     """Run ``words`` (None: this program's own command line) once per card; returns the first failure's exit status.
 
-    On one node the cards meet at a free port; several nodes meet at ``master_addr:master_port``. When one rank fails,
-    the others are ended; its own message has been printed by itself.
+    On one node the cards meet at a free port; several nodes meet at ``master_addr:master_port``.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     parallel, words = cfg.parallel, list(sys.argv if words is None else words)
+    single = parallel.nodes == 1
     print(shlex.join(torchrun_command(parallel, words)), file=sys.stderr, flush=True)
-    several = parallel.nodes > 1
-    settings = LaunchConfig(
-        min_nodes=parallel.nodes,
-        max_nodes=parallel.nodes,
-        nproc_per_node=parallel.cards,
-        run_id="workbench" if several else uuid.uuid4().hex,
-        rdzv_backend="static" if several else "c10d",
-        rdzv_endpoint=f"{parallel.master_addr}:{parallel.master_port}" if several else "localhost:0",
-        rdzv_configs={"rank": parallel.node_rank, "timeout": parallel.timeout_s} if several else {},
-        max_restarts=0,
-        monitor_interval=0.2,
-    )
-    paths = [str(REPO), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    try:
-        elastic_launch(settings, sys.executable)(*words)
-        return 0
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        print(f"rank {rank} ended with status {failure.exitcode}; all ranks were ended", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException as stop:
-        return 128 + stop.sigval
+    cluster = Cluster(
+        workers=parallel.cards * parallel.nodes,
+        local=parallel.cards,
+        address="127.0.0.1" if single else parallel.master_addr,
+        port=free_port() if single else parallel.master_port,
+        node_rank=parallel.node_rank,
+        timeout_s=parallel.timeout_s,
+    ).meet()
+    logs = REPO / "runs" / "launch" / time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}")
+    members = torch_workers(cluster, [sys.executable, *words], logs, reads_input=True)
+    return run_members(members, cluster.missing, cluster.peers())

@@ -106,7 +106,7 @@ def test_msrun_launcher_shows_the_failed_workers_own_error_within_seconds(start,
     failed = time.monotonic()
     _, err = done.communicate(timeout=60)
     assert time.monotonic() - failed < 10, "msrun alone takes half a minute"
-    assert done.returncode == 1 and "rank 1 failed with status 1" in err
+    assert done.returncode == 1 and "rank 1 ended with status 1" in err
     assert "ValueError: the own error of rank 1" in err and "output/msrun_log/worker_1.log" in err
     assert (tmp_path / "output/msrun_log/msrun.log").read_text().count("Start worker process") == 2, (
         "msrun started them"

@@ -106,7 +106,7 @@ def test_a_failed_rank_ends_the_others_at_once_with_its_own_error(group, tmp_pat
     begin = time.monotonic()
     _, err = done.communicate(timeout=60)
     assert time.monotonic() - begin < 30 and done.returncode == 1
-    assert "rank 1 failed with status 1" in err and "ValueError: the own error of rank 1" in err
+    assert "rank 1 ended with status 1" in err and "ValueError: the own error of rank 1" in err
     assert "worker.py" not in err, "the wrapper's own frames are no part of the program's traceback"
     assert f"log: {tmp_path}/rank_1.log" in err
     assert not (tmp_path / "saved").exists(), "a rank that outlives a failure may save a wrong state"
@@ -127,7 +127,7 @@ def test_the_error_shown_is_the_cause_and_not_what_follows_from_it(group):
         """
     )
     _, err = done.communicate(timeout=60)
-    assert "rank 1 failed" in err and "what went wrong" in err.split("error: ")[-1]
+    assert "rank 1 ended" in err and "what went wrong" in err.split("error: ")[-1]
 
 
 def test_the_same_error_of_all_ranks_is_told_once(group):

@@ -101,12 +101,12 @@ def test_exit_status_of_the_failed_rank_comes_through(script, tmp_path):
         "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(7)\ntime.sleep(600)"
     )
     done = script("scripts/torchrun_launcher.sh", "fail.py", 2, free_port(first=20400))
-    assert done.returncode == 7 and "rank 1 failed with status 7" in done.stderr
+    assert done.returncode == 7 and "rank 1 ended with status 7" in done.stderr
 
 
 def test_programs_that_are_not_python_run_too(script, tmp_path):
     done = script("scripts/torchrun_launcher.sh", "sh -c 'echo rank $RANK; exit $RANK'", 2, free_port(first=20500))
-    assert done.returncode == 1 and "rank 1 failed with status 1" in done.stderr
+    assert done.returncode == 1 and "rank 1 ended with status 1" in done.stderr
 
 
 # --- arguments --------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def planned(monkeypatch, tmp_path):
     monkeypatch.setattr(scripts, "on_npu", lambda: True)
     monkeypatch.setattr("research.core.launch.msrun.npus", lambda: list(range(8)))
     found = []
-    monkeypatch.setattr(scripts, "run_members", lambda members, hint=None: found.extend(members) or 0)
+    monkeypatch.setattr(scripts, "run_members", lambda members, hint, peers: found.extend(members) or 0)
 
     def plan(script, *args):
         found.clear()
