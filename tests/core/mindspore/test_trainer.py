@@ -21,6 +21,7 @@ from research.core.run.metrics import read_metrics
 from tests.core.mindspore.training_case import build, train, train_torch
 from tests.core.torch.training_case import MOE, config, write_data
 
+pytestmark = pytest.mark.slow  # each training compiles its graphs
 LORA = LoraConfig(rank=4)
 
 
@@ -137,7 +138,6 @@ train(config(steps=8, save_every=2, async_save=True, sample_every=5, micro_batch
 """
 
 
-@pytest.mark.slow
 def test_kill_between_two_saves_then_resume_equals_the_uninterrupted_run(tmp_path, data, repo):
     _, weights = train(config(steps=8, micro_batch=4), data, tmp_path / "a")
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(data)]
