@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.show is not None:
         words = ["--config", args.show, *words]
-    translation = translate(words, accelerator=True)
+    translation = translate(words, as_written=True)
     for note in translation.notes:
         print(f"note: {note}", file=sys.stderr)
     if args.show is not None:

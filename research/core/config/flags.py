@@ -38,11 +38,11 @@ def translate_flags(words: Sequence[str]) -> list[str]:
     return translate(words).words
 
 
-def translate(words: Sequence[str], family: str | None = None, accelerator: bool | None = None) -> Translation:
+def translate(words: Sequence[str], family: str | None = None, as_written: bool = False) -> Translation:
     """``words`` as settings, each key once: plain settings count over flags, flags over ``--config``.
 
-    ``family`` is that of the script, None for ``run_mindformer.py``; ``accelerator``: take a file's 16-bit dtypes as they are
-    (None: where an NPU or GPU will compute). Raises :class:`ConfigError`.
+    ``family`` is that of the script, None for ``run_mindformer.py``; ``as_written``: take dtypes and grid of a
+    ``--config`` as it has them, whatever this machine and backend can do with them. Raises :class:`ConfigError`.
     """
     command = _taken_apart(words, family)
     if not command.flags:
@@ -52,7 +52,7 @@ def translate(words: Sequence[str], family: str | None = None, accelerator: bool
             patch(command, name, values[0], f"--{name} {values[0]}")
         elif name in PATCHING:
             FLAGS[name](command, name, values)
-    words, notes = _read_config(command, accelerator) if "config" in command.flags else ([], [])
+    words, notes = _read_config(command, as_written) if "config" in command.flags else ([], [])
     command.config_task = next((word[5:] for word in words if word.startswith("task=")), None)
     for name, values in command.flags.items():
         if "." not in name and name not in PATCHING:
@@ -105,8 +105,8 @@ def _each_once(layers: Sequence[Sequence[str]]) -> list[str]:
     return out
 
 
-def _read_config(command: Command, accelerator: bool | None) -> tuple[list[str], list[str]]:
-    from research.core.config.mindformers.grid import Ranks
+def _read_config(command: Command, as_written: bool) -> tuple[list[str], list[str]]:
+    from research.core.config.mindformers.grid import SPLITS_LAYERS, Ranks
     from research.core.config.mindformers.models import family_of
     from research.core.config.mindformers.read import read_config
     from research.core.config.mindformers.yaml_file import Job
@@ -115,8 +115,7 @@ def _read_config(command: Command, accelerator: bool | None) -> tuple[list[str],
     backend, note = _backend(command)
     wanted = command.first("use_parallel")
     device = command.plain_value("device") or command.plain_value("device.kind") or command.first("device_target")
-    if accelerator is None:
-        accelerator = device in ("npu", "cuda", "Ascend", "GPU") or (device in (None, "auto") and bool(npus()))
+    here = device in ("npu", "cuda", "Ascend", "GPU") or (device in (None, "auto") and bool(npus()))
     hf = {
         word.split("=", 1)[0][9:]: yaml_value(word.split("=", 1)[1])
         for word in command.plain
@@ -128,7 +127,8 @@ def _read_config(command: Command, accelerator: bool | None) -> tuple[list[str],
         model=command.plain_value("model") or command.first("model"),
         family=command.family,
         backend=backend,
-        accelerator=accelerator,
+        accelerator=as_written or here,
+        splits_layers=as_written or backend in SPLITS_LAYERS,
         ranks=Ranks(_cards(command), None if wanted is None else truth("use_parallel", wanted)),
         patches=command.patches,
         hf=hf,

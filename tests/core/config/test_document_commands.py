@@ -171,17 +171,28 @@ def test_a_command_of_the_documents_comes_to_its_settings(name, ranks):
     family, started, words, expected = COMMANDS[name]
     if started is not None:
         ranks(started)
-    translation = translate(shlex.split(words), family)
+    translation = translate(shlex.split(words), family, as_written=True)
     config = compose([*translation.words, *([] if started else ["backend=mindspore"])])
     assert {key: _value(config, key) for key in expected} == expected
     assert config.backend == "mindspore"
     assert all("has no effect" not in note for note in translation.notes), translation.notes
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_of_the_documents_asks_for_nothing_that_its_backend_cannot_do(name, ranks):
+    family, started, words, expected = COMMANDS[name]
+    if started is not None:
+        ranks(started)
+    config = compose([*translate(shlex.split(words), family).words, *([] if started else ["backend=mindspore"])])
+    assert config.task.name == expected["task.name"]
+    if config.task.name in ("pretrain", "finetune", "lora"):
+        assert config.parallel.tensor * config.parallel.pipeline == 1 and config.parallel.shard == "optimizer"
+
+
 def test_the_published_grid_is_fitted_to_the_ranks_that_there_are(ranks):
     ranks(2)
     words = shlex.split(COMMANDS["qwen1.5 7b lora"][2])
-    translation = translate(words, "qwen1_5")
+    translation = translate(words, "qwen1_5", as_written=True)
     assert compose(translation.words).parallel.tensor == 2
     assert "fitted to 2 cards: data 1 x tensor 2" in "\n".join(translation.notes)
 
@@ -209,7 +220,7 @@ def test_every_published_name_is_read_in_every_mode(name):
     row = published()[name]
     assert row.model in model_files()
     for mode in ("train", "finetune", "predict", "export", "eval"):
-        words = translate(["--config", f"some/where/{row.file}.yaml", "--run_mode", mode], accelerator=True).words
+        words = translate(["--config", f"some/where/{row.file}.yaml", "--run_mode", mode], as_written=True).words
         found = dict(word.split("=", 1) for word in words)
         assert found["model"] == row.model
         assert all(key in GROUPS or setting_type(key) is not None for key in found)

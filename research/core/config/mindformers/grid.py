@@ -20,6 +20,12 @@ class Ranks:
     wanted: bool | None = None
 
 
+# Backends whose training splits layers over cards. The others train whole layers on every card with the same number of
+# sequences a step, and spread what fills the memory: weights and all (torch), the optimiser's state (mindspore).
+SPLITS_LAYERS: tuple[str, ...] = ()
+_INSTEAD = {"torch": "full", "mindspore": "optimizer"}
+
+
 def grid_words(
     out: Reading,
     grid: tuple[int, int, int],
@@ -30,11 +36,13 @@ def grid_words(
     backend: str,
     exact: bool,
     micro: int | None,
+    splits_layers: bool,
 ) -> None:
     """Set ``parallel.*`` for ``grid`` (data, tensor, pipeline).
 
     A file's own grid must make as many cards as were started (``exact``); a published one is fitted to them. Without a
-    launcher the grid says how many cards to start. ``micro``: micro batches that fill the pipeline.
+    launcher the grid says how many cards to start. ``micro``: micro batches that fill the pipeline; ``splits_layers``: whether
+    the backend trains with layers split over cards.
     """
     if ranks.wanted is False:
         if ranks.started is not None and ranks.started > 1:
@@ -65,27 +73,43 @@ def grid_words(
     cards = data * tensor * pipeline
     if cards == 1:
         return
+    if answers and backend == "torch":
+        out.notes.append(f"{where}: torch answers with one card, so the grid of {cards} has no effect")
+        return
     if started is None:
         out.set("parallel.cards", cards)
-    if backend == "torch":
-        if tensor * pipeline > 1:
-            out.set("parallel.shard", "full")
-            out.notes.append(
-                f"{where}: model_parallel {tensor} x pipeline_stage {pipeline} becomes parallel.shard=full on torch: "
-                "whole layers on every card, their weights spread over all"
-            )
-    else:
-        if answers and data > 1:
-            raise ConfigError(
-                f"data_parallel {data} would answer the same on every group of cards",
-                where=f"{where}: parallel_config",
-                hint=f"--parallel_config.data_parallel 1 --parallel_config.model_parallel {data * tensor}",
-            )
+    accumulation = micro if micro is not None else int(out.words.get("train.accumulation", "1"))
+    if not answers and tensor * pipeline > 1 and not splits_layers:
+        _whole_layers(
+            out, data, cards, accumulation, backend, where, f"model_parallel {tensor} x pipeline_stage {pipeline}"
+        )
+        return
+    if answers and data > 1 and backend == "mindspore":
+        raise ConfigError(
+            f"data_parallel {data} would answer the same on every group of cards",
+            where=f"{where}: parallel_config",
+            hint=f"--parallel_config.data_parallel 1 --parallel_config.model_parallel {data * tensor}",
+        )
+    if backend == "mindspore":
         for key, size in (("tensor", tensor), ("pipeline", pipeline)):
             if size > 1:
                 out.set(f"parallel.{key}", size)
     if micro is not None and not answers:
         out.set("train.accumulation", micro)
+
+
+def _whole_layers(out: Reading, data: int, cards: int, accumulation: int, backend: str, where: str, split: str) -> None:
+    """Every card with whole layers: as many sequences a step as the grid has, or as few as the cards can have."""
+    groups = data * accumulation
+    accumulation, rest = max(1, groups // cards), groups % cards
+    shard = _INSTEAD[backend]
+    out.set("parallel.shard", shard)
+    out.set("train.accumulation", accumulation)
+    note = f"{where}: {split} becomes parallel.shard={shard}: {backend} trains whole layers on every card"
+    if rest or accumulation * cards != groups:
+        batch = int(out.words.get("train.micro_batch", "1"))
+        note += f"; {batch * accumulation * cards} sequences a step, where the grid has {batch * groups}"
+    out.notes.append(note)
 
 
 def _fitting(data: int, tensor: int, pipeline: int, started: int) -> str:

@@ -99,10 +99,20 @@ def read_published(row: Published, where: str, job: Job) -> Reading:
     grid = tuple(new or old for new, old in zip(changed, (row.data, row.tensor, row.pipeline)))
     micro = (file.whole("parallel_config.micro_batch_num") or row.micro) if grid[2] > 1 else None
     exact = any(size is not None for size in changed)
-    grid_words(out, grid, job.ranks, where, mode=mode, backend=job.backend, exact=exact, micro=micro)
+    grid_words(
+        out,
+        grid,
+        job.ranks,
+        where,
+        mode=mode,
+        backend=job.backend,
+        exact=exact,
+        micro=micro,
+        splits_layers=job.splits_layers,
+    )
+    sharded = file.truth("parallel.enable_parallel_optimizer")
     if mode in TRAINING and job.backend == "mindspore" and _several(grid, job.ranks):
-        sharded = file.truth("parallel.enable_parallel_optimizer")
-        out.set("parallel.shard", "none" if sharded is False else "optimizer")
+        out.words.setdefault("parallel.shard", "none" if sharded is False else "optimizer")
     _sort_out(file, out)
     return out
 
@@ -232,6 +242,16 @@ def _read_grid(file: YamlFile, out: Reading, job: Job, mode: str) -> None:
             f"{file.where}: {at}.expert_parallel={experts} has no effect: experts are split as all other weights"
         )
     micro = micro if grid[2] > 1 else None
-    grid_words(out, grid, ranks, file.where, mode=mode, backend=job.backend, exact=True, micro=micro)
+    grid_words(
+        out,
+        grid,
+        ranks,
+        file.where,
+        mode=mode,
+        backend=job.backend,
+        exact=True,
+        micro=micro,
+        splits_layers=job.splits_layers,
+    )
     if mode in TRAINING and job.backend == "mindspore" and sharded is not None and _several(grid, ranks):
-        out.set("parallel.shard", "optimizer" if sharded else "none")
+        out.words.setdefault("parallel.shard", "optimizer" if sharded else "none")

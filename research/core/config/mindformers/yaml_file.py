@@ -48,8 +48,9 @@ class Reading:
 class Job:
     """What the command line says besides the file.
 
-    ``accelerator``: an NPU or GPU will compute, so 16-bit dtypes are taken as the file has them; ``patches``: dotted keys on
-    top of the file; ``hf``: MODEL's keys that the command line changes.
+    ``accelerator``: an NPU or GPU will compute, so 16-bit dtypes are taken as the file has them; ``splits_layers``: the backend's
+    training can split layers over cards; ``patches``: dotted keys on top of the file; ``hf``: MODEL's keys that the command
+    line changes.
     """
 
     run_mode: str | None = None
@@ -57,6 +58,7 @@ class Job:
     family: str | None = None
     backend: str = "mindspore"
     accelerator: bool = False
+    splits_layers: bool = False
     ranks: Ranks = field(default_factory=Ranks)
     patches: Mapping[str, Any] = field(default_factory=dict)
     hf: Mapping[str, Any] = field(default_factory=dict)

@@ -31,7 +31,7 @@ def spec_of(config):
 def again(content: dict, *words: str, **job) -> object:
     """The configuration that a written file comes to."""
     text = dump(content)
-    reading = read_file(yaml.safe_load(text), "file.yaml", Job(accelerator=True, **job))
+    reading = read_file(yaml.safe_load(text), "file.yaml", Job(accelerator=True, splits_layers=True, **job))
     return compose([*reading.as_words(), "backend=mindspore", *words])
 
 
@@ -167,7 +167,7 @@ def test_a_release_without_the_model_is_refused():
 
 
 def test_qwen1_5_7b_has_the_documents_numbers():
-    config = compose([*translate(["--config", "finetune_qwen1_5_7b.yaml"], accelerator=True).words])
+    config = compose([*translate(["--config", "finetune_qwen1_5_7b.yaml"], as_written=True).words])
     content = write_config(config, spec_of(config))
     model, grid = content["model"]["model_config"], content["parallel_config"]
     # models.md: 32 layers, hidden 4096, 32 heads, 32 kv heads, ffn 11008, vocabulary 151936, theta 1e6, not tied
@@ -181,7 +181,7 @@ def test_qwen1_5_7b_has_the_documents_numbers():
 
 
 def test_qwen_7b_lora_has_the_documents_numbers():
-    config = compose([*translate(["--config", "run_qwen_7b_lora.yaml"], accelerator=True).words])
+    config = compose([*translate(["--config", "run_qwen_7b_lora.yaml"], as_written=True).words])
     content = write_config(config, spec_of(config))
     model = content["model"]["model_config"]
     # models.md: 32 layers, hidden 4096, 32 heads, ffn 11008 (one half), theta 1e4, kv_channels 128
@@ -203,7 +203,7 @@ def test_qwen_7b_lora_has_the_documents_numbers():
 
 @pytest.mark.parametrize("name", ["finetune_qwen1_5_7b", "run_qwen_7b_lora"])
 def test_the_written_text_is_the_golden_one(name, repo):
-    config = compose([*translate(["--config", f"{name}.yaml"], accelerator=True).words])
+    config = compose([*translate(["--config", f"{name}.yaml"], as_written=True).words])
     golden = repo / "tests" / "core" / "config" / "mindformers" / f"{name}.golden.yaml"
     assert dump(write_config(config, spec_of(config))) == golden.read_text(encoding="utf-8")
 
@@ -299,7 +299,7 @@ def document(tmp_path):
 
 
 def test_a_files_settings_arrive(document):
-    translation = translate(["--config", str(document())], accelerator=True)
+    translation = translate(["--config", str(document())], as_written=True)
     config = compose(translation.words)
     train, data = config.train, config.data
     assert config.model.name == "qwen2_5_tiny" and config.task.name == "finetune" and config.backend == "mindspore"
@@ -335,7 +335,7 @@ def test_dotted_flags_and_options_change_the_file(document):
 
 
 def test_without_an_accelerator_dtypes_are_left_to_the_machine(document):
-    config = compose(translate(["--config", str(document())], accelerator=False).words)
+    config = compose(translate(["--config", str(document())]).words)
     assert (config.train.dtype, config.train.master) == ("auto", "fp32")
 
 
@@ -434,11 +434,33 @@ def test_a_files_grid_must_make_the_ranks_that_were_started():
     assert read_file(content, "f.yaml", Job(ranks=Ranks(None, False))).words.get("parallel.cards") is None
 
 
-def test_on_torch_a_grid_becomes_spread_weights():
-    config = composed("qwen2_5_tiny", "finetune", "parallel.cards=8", "parallel.tensor=2")
+@pytest.mark.parametrize(("backend", "shard"), [("torch", "full"), ("mindspore", "optimizer")])
+def test_training_whole_layers_keeps_the_sequences_of_a_step(backend, shard):
+    grid = [
+        "parallel.cards=16",
+        "parallel.tensor=4",
+        "parallel.pipeline=2",
+        "train.accumulation=16",
+        "train.micro_batch=2",
+    ]
+    config = composed("qwen1_5_7b", "finetune", *grid)  # 2 x 2 x 16 = 64 sequences a step
+    reading = read_file(write_config(config, spec_of(config)), "f.yaml", Job(backend=backend))
+    back = compose([*reading.as_words(), f"backend={backend}"])
+    assert (back.parallel.cards, back.parallel.tensor, back.parallel.pipeline, back.parallel.shard) == (16, 1, 1, shard)
+    assert back.train.micro_batch * back.train.accumulation * 16 == 64
+    assert f"becomes parallel.shard={shard}" in "\n".join(reading.notes)
+
+
+def test_more_cards_than_sequences_are_announced():
+    config = composed("qwen1_5_7b", "lora", "parallel.cards=8", "parallel.tensor=4")
+    reading = read_file(write_config(config, spec_of(config)), "f.yaml", Job())
+    assert "8 sequences a step, where the grid has 2" in "\n".join(reading.notes)
+
+
+def test_torch_answers_with_one_card():
+    config = composed("qwen1_5_7b", "predict", "parallel.cards=2", "parallel.tensor=2")
     reading = read_file(write_config(config, spec_of(config)), "f.yaml", Job(backend="torch"))
-    assert reading.words["parallel.shard"] == "full" and "parallel.tensor" not in reading.words
-    assert compose([*reading.as_words(), "backend=torch"]).parallel.cards == 8
+    assert "parallel.cards" not in reading.words and "torch answers with one card" in "\n".join(reading.notes)
 
 
 # --- adapters' modules ------------------------------------------------------------------------------------------
