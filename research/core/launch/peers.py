@@ -22,6 +22,7 @@ from typing import Any
 from research.core.errors import ConfigError
 
 _LONGEST = 64 << 10  # bytes of a message
+_REACH_S = 10  # a failure waits so long for a connection that is still being made
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Peers:
     _shares: list[Share] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _closed: threading.Event = field(default_factory=threading.Event)
+    _linked: threading.Event = field(default_factory=threading.Event)
     _server: socket.socket | None = None
 
     @property
@@ -114,10 +116,12 @@ class Peers:
 
     def failed(self, text: str, status: int) -> None:
         """Tell the others that a rank of this host has failed."""
+        self._reach()
         self._send({"kind": "failed", "text": text[:4000], "status": status})
 
     def stopped(self, status: int) -> None:
         """Tell the others that this host was stopped."""
+        self._reach()
         self._send({"kind": "stopped", "text": f"the host of {self.share} was stopped", "status": status})
 
     def done(self) -> None:
@@ -125,6 +129,11 @@ class Peers:
         self._send({"kind": "done"})
 
     # --- connections ---
+
+    def _reach(self) -> None:
+        """A rank may fail before the launchers have met: what it says would be lost, and the others would wait for it."""
+        if not self.first:
+            self._linked.wait(_REACH_S)
 
     def _send(self, message: dict[str, Any], but: _Link | None = None) -> None:
         with self._lock:
@@ -155,13 +164,14 @@ class Peers:
                         flush=True,
                     )
                     return
-                self._closed.wait(0.5)
+                self._closed.wait(0.2)
                 continue
             connection.settimeout(None)
             link = _Link(connection, self.address)
             with self._lock:
                 self._links.append(link)
             link.send({"kind": "hello", **asdict(self.share)})
+            self._linked.set()
             self._listen(link)
             return
 

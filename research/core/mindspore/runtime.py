@@ -68,10 +68,7 @@ def start(
     if _started is not None and _started.target != target:
         raise ConfigError(f"this process already computes on {_started.target}", where=f"device.kind={cfg.kind}")
     if _started is None:
-        if target == "Ascend":
-            ms.set_device(target, local_rank)
-        else:
-            ms.set_device(target)
+        _set_device(target, local_rank)
     if wanted != _started:
         ms.set_context(mode=ms.GRAPH_MODE if graph else ms.PYNATIVE_MODE)
         if target == "CPU" and _started is None:  # once in a process
@@ -95,8 +92,23 @@ def threads() -> int:
     return _cores(1) if _started is None else _started.threads
 
 
-def _target(kind: str) -> str:
+def _set_device(target: str, local_rank: int) -> None:
+    import mindspore as ms
 
+    try:
+        if target == "Ascend":
+            ms.set_device(target, local_rank)
+        else:
+            ms.set_device(target)
+    except RuntimeError:
+        # Somebody's code has computed with MindSpore in this process before; it may stay where it is.
+        if ms.get_context("device_target") != target:
+            raise ConfigError(
+                f"this process already computes on {ms.get_context('device_target')}", where="device.kind"
+            ) from None
+
+
+def _target(kind: str) -> str:
     if kind == "cuda":
         raise ConfigError(
             "MindSpore 2.10 computes on Ascend and on the CPU",

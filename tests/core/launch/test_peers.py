@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -70,6 +71,12 @@ def hosts(tmp_path, repo):
     for process in started:
         process.kill()
         process.wait()
+
+
+def wait_until(holds) -> None:
+    deadline = time.monotonic() + 10
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def until_met(first: subprocess.Popen) -> None:
@@ -143,13 +150,22 @@ def test_the_first_host_knows_who_never_came():
     with Peers(Share(0, 2, 8), "127.0.0.1", port) as first:
         assert first.missing() == "the hosts of the ranks 2 to 7 never came"
         with Peers(Share(2, 6, 8), "127.0.0.1", port) as second:
-            deadline = time.monotonic() + 10
-            while first.missing() is not None and time.monotonic() < deadline:
-                time.sleep(0.02)
+            wait_until(lambda: first.missing() is None)
             assert first.missing() is None and second.missing() is None
             second.done()
         time.sleep(0.2)
         assert first.heard() is None
+
+
+def test_a_failure_before_the_launchers_have_met_is_not_lost():
+    port = free_port()
+    with Peers(Share(1, 1, 2), "127.0.0.1", port) as second:
+        telling = threading.Thread(target=second.failed, args=("rank 1 ended", 7))
+        telling.start()
+        with Peers(Share(0, 1, 2), "127.0.0.1", port) as first:
+            telling.join(20)
+            wait_until(lambda: first.heard() is not None)
+            assert (first.heard().kind, first.heard().status) == ("failed", 7)
 
 
 def test_what_is_no_message_of_a_launcher_does_no_harm():

@@ -116,3 +116,9 @@ def test_more_documents_than_room_is_an_error():
     assert layout.ends(8).tolist() == [1, 3, 6, 8, 12, 16, 16, 16]
     with pytest.raises(ConfigError, match="6 documents in one micro batch"):
         layout.ends(5)
+
+
+def test_start_where_mindspore_has_computed_already_takes_its_device(monkeypatch):
+    assert (Tensor([1.0]) + 1).asnumpy() == 2
+    monkeypatch.setattr(runtime, "_started", None)
+    assert runtime.start().on_cpu
