@@ -1,0 +1,97 @@
+"""What one step computes, twice: as plain integers that any rank can be sent, and as the tensors made of them.
+
+Shape letters: R rows (answers that take part), N tokens of the step, M blocks of the longest table, S rows that are
+sampled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class StepPlan:
+    """One forward: the next tokens of R rows, concatenated. Nothing but integers, so that it can be pickled and sent.
+
+    ``contexts`` are the rows' lengths after this step, ``tables`` their blocks, ``sampled`` the rows whose last token's
+    logits (or hidden state, with ``embed``) are wanted, ``copies`` blocks (from, to) to copy before anything is written.
+    ``adapters`` has a slot number per row, 0 for none (None: nobody has one). ``prompt_lengths``: what Qwen v1's dynamic
+    NTK goes by, per row (None: no such model). ``greedy``: the caller needs nothing but each sampled row's best token.
+    """
+
+    tokens: list[int]
+    queries: list[int]
+    contexts: list[int]
+    tables: list[list[int]]
+    sampled: list[int]
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    adapters: list[int] | None = None
+    prompt_lengths: list[int] | None = None
+    greedy: bool = False
+    embed: bool = False
+
+    @property
+    def decode(self) -> bool:
+        """Whether every row brings one token."""
+        return len(self.tokens) == len(self.queries)
+
+
+@dataclass(eq=False)
+class PagedBatch:
+    """The tensors of a :class:`StepPlan` that attention reads, and the same numbers on the host.
+
+    ``block_tables`` int32 [R, M], filled up with 0; ``query_starts`` int32 [R + 1]; ``contexts`` int32 [R]: lengths after
+    this step; ``slots`` int64 [N]: ``block * block_size + offset`` that each token's key and value go to; ``positions``
+    int64 [N]. ``queries`` and ``context_list`` repeat the lengths as lists, for operators that loop over rows.
+    """
+
+    block_tables: Tensor
+    query_starts: Tensor
+    contexts: Tensor
+    slots: Tensor
+    positions: Tensor
+    queries: list[int]
+    context_list: list[int]
+    block_size: int
+    longest_query: int
+    longest_context: int
+
+    @property
+    def decode(self) -> bool:
+        return self.longest_query == 1
+
+    @classmethod
+    def of(cls, plan: StepPlan, block_size: int, device: torch.device | str = "cpu") -> PagedBatch:
+        queries, contexts = np.array(plan.queries, np.int64), np.array(plan.contexts, np.int64)
+        width = max(map(len, plan.tables))
+        tables = np.zeros((len(plan.tables), width), np.int32)
+        for row, table in enumerate(plan.tables):
+            tables[row, : len(table)] = table
+        starts = np.zeros(len(queries) + 1, np.int32)
+        np.cumsum(queries, out=starts[1:])
+        if plan.decode:
+            positions, rows = contexts - 1, np.arange(len(queries))
+        else:
+            rows = np.repeat(np.arange(len(queries)), queries)
+            positions = np.arange(len(rows)) - starts[rows] + (contexts - queries)[rows]
+        slots = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+
+        def put(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        return cls(
+            put(tables),
+            put(starts),
+            put(contexts.astype(np.int32)),
+            put(slots),
+            put(positions),
+            plan.queries,
+            plan.contexts,
+            block_size,
+            int(queries.max()),
+            int(contexts.max()),
+        )
