@@ -229,6 +229,22 @@ class HubConfig:
 
 
 @dataclass
+class EngineConfig:
+    """The paged inference engine (docs/engine.md)."""
+
+    block_size: int = 16  # tokens of one block of the key/value cache
+    num_blocks: int | None = None  # blocks of the cache; None: what memory_fraction of the free memory holds
+    memory_fraction: float | None = None  # None: 0.5 of the host's free memory, 0.9 of a card's
+    max_batch: int = 128  # answers that run at one time
+    max_tokens_per_step: int | None = None  # prompt and answer tokens of one forward; None: 512 on a CPU, else 8192
+    max_length: int | None = None  # prompt and answer together; None: what the model is made for
+    prefix_cache: bool = True  # prompts that open alike share their blocks
+    attention: str = "auto"  # auto | reference | sdpa | native (cpu) | triton (cuda) | npu
+    native_step: bool = True  # decode steps of a dense model on a CPU as one native call
+    cuda_graphs: bool = True  # decode steps on CUDA replayed from graphs, one per batch size of a few
+
+
+@dataclass
 class TaskConfig:
     name: str = "finetune"
 
@@ -249,6 +265,7 @@ class Config:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     mindir: MindirConfig = field(default_factory=MindirConfig)
     hub: HubConfig = field(default_factory=HubConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     backend: str = "torch"  # torch | mindspore
     weights: str | None = None  # a weight folder in Hugging Face format, or a run folder

@@ -1,12 +1,13 @@
-"""From logits to the next token in numpy: greedy, temperature, top-k, top-p and repetition penalty.
+"""From logits to the next token in numpy: greedy, temperature, top-k, top-p, min-p and the penalties.
 
-The order and the meaning of each filter are those of transformers' ``generate``: repetition penalty, temperature,
-top-k, top-p. Logits that lie on a torch device are filtered there (:mod:`research.core.torch.sampler`), to the same
+The order and the meaning of each filter are those of transformers' ``generate``: repetition penalty, then OpenAI's
+presence and frequency penalties (which transformers does not have), temperature, top-k, top-p, min-p. Logits that lie on a torch device are filtered there (:mod:`research.core.torch.sampler`), to the same
 tokens. Shape letters: B rows, V vocabulary, K candidates that are left after the filters.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +27,7 @@ class Sampler:
         self.plain_greedy = all(s.plain_greedy for s in self.samplings)
         self._streams = [UniformStream(s.seed) for s in self.samplings]
         self._seen: list[np.ndarray | None] = [None] * len(self.samplings)
+        self._counts = [np.zeros(vocab, np.float32) if s.counts else None for s in self.samplings]
         for row, (sampling, prompt) in enumerate(zip(self.samplings, prompts, strict=True)):
             if sampling.repetition_penalty != 1:
                 self._seen[row] = np.zeros(vocab, bool)
@@ -45,10 +47,12 @@ class Sampler:
         return [self._choose(logits_V, row) for logits_V, row in zip(logits_BV, rows, strict=True)]
 
     def _choose(self, logits_V: np.ndarray, row: int) -> int:
-        sampling, seen = self.samplings[row], self._seen[row]
+        sampling, seen, counts_V = self.samplings[row], self._seen[row], self._counts[row]
         scores_V = np.asarray(logits_V, np.float32)
         if seen is not None:
             scores_V = penalize(scores_V, seen, sampling.repetition_penalty)
+        if counts_V is not None:
+            scores_V = discourage(scores_V, counts_V, sampling)
         if sampling.greedy:
             token = int(scores_V.argmax())
         else:
@@ -56,6 +60,8 @@ class Sampler:
             token = int(ids_K[draw(probs_K, self._streams[row]())])
         if seen is not None:
             seen[token] = True
+        if counts_V is not None:
+            counts_V[token] += 1
         return token
 
 
@@ -65,8 +71,14 @@ def penalize(scores_V: np.ndarray, seen_V: np.ndarray, penalty: float) -> np.nda
     return np.where(seen_V, np.where(scores_V < 0, scores_V * penalty, scores_V / penalty), scores_V)
 
 
+def discourage(scores_V: np.ndarray, counts_V: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """``scores_V`` with the presence and frequency penalties of tokens that the answer has ``counts_V`` times."""
+    presence, frequency = np.float32(sampling.presence_penalty), np.float32(sampling.frequency_penalty)
+    return scores_V - (presence * (counts_V > 0) + frequency * counts_V)
+
+
 def candidates(scores_V: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that temperature, top-k and top-p leave: probabilities (float32, falling, sum 1) and ids, both [K].
+    """The tokens that temperature, top-k, top-p and min-p leave: probabilities (float32, falling, sum 1) and ids, both [K].
 
     As in transformers, ties with the k-th score stay, and a token stays while the mass before it is below ``top_p``.
     """
@@ -79,7 +91,11 @@ def candidates(scores_V: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
     else:
         log_total = _log_sum(scores_V)
         if sampling.top_p == 1:
-            return np.exp(scores_V - log_total), np.arange(vocab)
+            if not sampling.min_p:
+                return np.exp(scores_V - log_total), np.arange(vocab)
+            least = scores_V.max() + np.float32(math.log(sampling.min_p))
+            scores_K, ids_K = _falling(scores_V, np.flatnonzero(scores_V >= least))
+            return np.exp(scores_K - _log_sum(scores_K)), ids_K
         guess = min(NUCLEUS_GUESS, vocab)
         scores_K, ids_K = _falling(scores_V, np.argpartition(scores_V, vocab - guess)[vocab - guess :])
         if np.exp(_log_sum(scores_K) - log_total) < sampling.top_p:
@@ -88,6 +104,9 @@ def candidates(scores_V: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
     if sampling.top_p < 1:
         wide_K = probs_K.astype(np.float64)
         kept = max(1, int((wide_K.cumsum() - wide_K < sampling.top_p).sum()))
+        probs_K, ids_K = probs_K[:kept] / probs_K[:kept].sum(), ids_K[:kept]
+    if sampling.min_p:
+        kept = int((probs_K >= np.float32(sampling.min_p) * probs_K[0]).sum())
         probs_K, ids_K = probs_K[:kept] / probs_K[:kept].sum(), ids_K[:kept]
     return probs_K, ids_K
 

@@ -19,7 +19,9 @@ class Sampling:
 
     ``temperature=0`` is greedy (the repetition penalty still applies). ``top_k=0`` and ``top_p=1`` filter nothing.
     ``repetition_penalty`` divides the positive and multiplies the negative logits of every token that is already in the
-    prompt or the answer (CTRL, arXiv 1909.05858). ``seed`` starts the request's own random stream.
+    prompt or the answer (CTRL, arXiv 1909.05858). ``min_p`` leaves tokens of at least that share of the best one's
+    probability. ``presence_penalty`` is taken from the logit of every token of the answer, ``frequency_penalty`` once for
+    each time it stands there (both as OpenAI's API defines them). ``seed`` starts the request's own random stream.
     """
 
     temperature: float = 0.0
@@ -27,6 +29,9 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self):
         _require(
@@ -34,6 +39,9 @@ class Sampling:
         )
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (no limit) or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 (no limit) to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(math.isfinite(getattr(self, name)), name, getattr(self, name), "that is finite; 0 is none")
         penalty = self.repetition_penalty
         _require(math.isfinite(penalty) and penalty > 0, "repetition_penalty", penalty, "above 0; 1 is none")
 
@@ -44,7 +52,12 @@ class Sampling:
     @property
     def plain_greedy(self) -> bool:
         """Whether the largest logit is the choice, whatever came before."""
-        return self.greedy and self.repetition_penalty == 1
+        return self.greedy and self.repetition_penalty == 1 and not self.counts
+
+    @property
+    def counts(self) -> bool:
+        """Whether a logit depends on how often its token stands in the answer."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 def _require(holds: bool, name: str, value: float, allowed: str) -> None:

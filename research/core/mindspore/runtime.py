@@ -5,6 +5,7 @@ MindSpore keeps these for the whole process; the first call decides and a later 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -71,8 +72,9 @@ def start(
         _set_device(target, local_rank)
     if wanted != _started:
         ms.set_context(mode=ms.GRAPH_MODE if graph else ms.PYNATIVE_MODE)
-        if target == "CPU" and _started is None:  # once in a process
-            ms.device_context.cpu.op_tuning.threads_num(threads)
+        if target == "CPU" and _started is None:
+            with contextlib.suppress(RuntimeError):  # it may be set once in a process, and somebody may have
+                ms.device_context.cpu.op_tuning.threads_num(threads)
         if deterministic:
             ms.set_deterministic(True)
     if not graph:

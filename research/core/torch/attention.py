@@ -46,6 +46,9 @@ def attend(
 
     ``layout`` says which tokens see which; ``window`` limits a query to the last ``window`` keys (itself included).
     """
+    if layout.paged is not None:
+        assert causal, "a cache holds the past only"
+        return layout.paged(q_BTHD, k_BSKD, v_BSKD, window)
     if backend == "reference":
         return _reference(q_BTHD, k_BSKD, v_BSKD, layout.allowed(causal, window))
     if backend == "npu":

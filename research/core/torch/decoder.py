@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         alpha: Tensor | float = 1.0
         if spec.dynamic_ntk and not self.training:
             alpha = ntk_alpha(layout.lengths, spec.train_length)
-            if cache is not None:
+            if cache is not None and layout.paged is None:
                 alpha = self._kept_alpha(alpha, cache)
         return self.rotary.tables(layout.positions, dtype, alpha, logn=spec.logn_attention and not self.training)
 

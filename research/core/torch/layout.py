@@ -11,6 +11,7 @@ in its row, so that a causal mask (or, without one, a key mask) hides the fillin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -69,6 +70,9 @@ class Layout:
     horizon: int = 0
     slots: Tensor | None = None
     added: Tensor | None = None  # [B] real tokens of this call per row (None: T)
+    # Attention of its own, for a cache in blocks: (q_BTHD, k pool, v pool, window) -> [B, T, H, D]. ``lengths`` are then
+    # those of each token's first forward, and what the cache's ``update`` returns are the layer's pools.
+    paged: Callable[[Tensor, Tensor, Tensor, int | None], Tensor] | None = None
     _masks: dict = field(default_factory=dict)
     _runs: Documents | bool | None = None
 
