@@ -99,6 +99,16 @@ RANGES = {
     "convert.shard_gb": (0, False, None),
     "verify.tolerance": (0, True, None),
     "verify.tokens": (1, True, None),
+    "serve.port": (0, True, 65535),
+    "serve.max_requests": (1, True, None),
+    "serve.requests_per_minute": (0, True, None),
+    "serve.max_body_mb": (0, False, None),
+    "serve.max_choices": (1, True, None),
+    "serve.max_prompts": (1, True, None),
+    "serve.max_new_tokens": (1, True, None),
+    "serve.read_timeout_s": (0, False, None),
+    "serve.write_timeout_s": (0, False, None),
+    "serve.drain_s": (0, True, None),
 }
 
 

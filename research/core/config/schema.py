@@ -221,6 +221,28 @@ class MindirConfig:
 
 
 @dataclass
+class ServeConfig:
+    """``make serve``: where it listens, who may ask, how much, and what is written down."""
+
+    host: str = "127.0.0.1"  # 0.0.0.0: on every network of this machine
+    port: int = 8000  # 0: any free one
+    name: str | None = None  # what requests call the model; None: model.name
+    api_keys: str | None = None  # file with a key on each line; more keys, between commas, in QWEN_API_KEYS
+    max_requests: int = 512  # prompts that run or wait at a time; one more is answered 429
+    requests_per_minute: int = 0  # of each key, without keys of each address; 0: no limit
+    max_body_mb: float = 8.0
+    max_choices: int = 16  # answers to one prompt (n)
+    max_prompts: int = 256  # prompts or texts in one request
+    max_new_tokens: int | None = None  # no answer is longer; None: what the context leaves
+    read_timeout_s: float = 30.0  # within which a request must have come whole
+    write_timeout_s: float = 60.0  # a client that takes nothing of its answer for so long has left
+    drain_s: float = 30.0  # after SIGTERM: running answers get so long to end
+    adapter_folder: str | None = None  # POST /v1/load_lora_adapter loads what lies in this folder; None: nothing
+    page: bool = True  # the chat page at /
+    log_prompts: bool = False  # put prompts and answers into the log
+
+
+@dataclass
 class HubConfig:
     """``make weights``: where a model comes from and where it goes (``output``; default weights/<model>)."""
 
@@ -265,6 +287,7 @@ class Config:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     mindir: MindirConfig = field(default_factory=MindirConfig)
     hub: HubConfig = field(default_factory=HubConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     backend: str = "torch"  # torch | mindspore
