@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from research.core.config.schema import Config
 from research.core.errors import ConfigError, WeightsError
-from research.core.generation.loop import Runner
+from research.core.generation.loop import Runner, run_requests
+from research.core.generation.requests import OnToken, Request, Result
 from research.core.generation.sampling import Sampling
+from research.core.spec import DecoderSpec
 from research.core.text.template import ChatTemplate
 from research.core.text.tokenizer import Tokenizer
 from research.core.weights.generation import GenerationDefaults, read_generation_defaults
+from research.core.weights.quantised import check_float
 from research.tasks.framework import half
 from research.tasks.sources import (
     NOTE_FILE,
@@ -28,9 +32,32 @@ from research.tasks.sources import (
 
 @dataclass(frozen=True)
 class Model:
-    """A model ready to answer."""
+    """A model ready to answer, one batch after another in a contiguous cache."""
 
     runner: Runner
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    sampling: Sampling
+    eos_ids: tuple[int, ...]
+
+    @property
+    def vocab(self) -> int:
+        return self.runner.spec.vocab
+
+    @property
+    def length_limit(self) -> int:
+        return self.runner.length_limit
+
+    def run(self, requests: Sequence[Request], on_token: OnToken | None = None, batch: int = 8) -> list[Result]:
+        """As :func:`research.core.generation.loop.run_requests`."""
+        return run_requests(self.runner, requests, self.eos_ids, on_token, batch)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What belongs to weights: ``source`` is their folder, or a MindFormers file."""
+
+    source: Path
     tokenizer: Tokenizer
     template: ChatTemplate
     sampling: Sampling
@@ -45,11 +72,21 @@ def load_model(cfg: Config) -> Model:
             where=f"model={cfg.model.name}",
             hint="a chat or base model",
         )
+    parts = find_parts(cfg)
+    load_runner = half(cfg.backend, "load_runner").load_runner
+    runner, how = load_runner(parts.source, cfg.generate, cfg.device, cfg.adapter, opening(cfg))
+    check_loaded(cfg, parts, runner.spec, how)
+    return Model(runner, parts.tokenizer, parts.template, parts.sampling, parts.eos_ids)
+
+
+def find_parts(cfg: Config) -> Parts:
+    """Weights, vocabulary, template and sampling of ``cfg``, found and checked, the weights not yet read."""
     weights = resolve_weights(cfg)
     if weights is None:
         raise WeightsError("there are no weights to generate with", hint="WEIGHTS=<folder>")
     check_grid(cfg, weights)
     if (weights / "config.json").is_file():  # else the weights themselves say it, when they are opened
+        check_float(weights)
         check_architecture(cfg, weights)
     beside = weights if weights.is_dir() else weights.parent
     tokenizer = resolve_tokenizer(cfg, beside)
@@ -59,19 +96,21 @@ def load_model(cfg: Config) -> Model:
         if cfg.generate.system is None:  # what it was trained with; None: the template's own
             cfg.generate.system = read_note(folder).get("system")
     defaults = read_generation_defaults(beside)
-    sampling = choose_sampling(cfg, defaults)
-    load_runner = half(cfg.backend, "load_runner").load_runner
-    runner, how = load_runner(weights, cfg.generate, cfg.device, cfg.adapter, opening(cfg))
-    check_architecture(cfg, weights, runner.spec)
-    if tokenizer.vocab_size > runner.spec.vocab:
+    return Parts(weights, tokenizer, template, choose_sampling(cfg, defaults), end_tokens(cfg, defaults, tokenizer))
+
+
+def check_loaded(cfg: Config, parts: Parts, spec: DecoderSpec, how: str) -> None:
+    """Raise :class:`WeightsError` when the weights, now read, are not of the chosen model or too small for the
+    vocabulary; else say what was loaded (``how``: dtype and device in words)."""
+    check_architecture(cfg, parts.source, spec)
+    if parts.tokenizer.vocab_size > spec.vocab:
         raise WeightsError(
-            f"the vocabulary has {tokenizer.vocab_size} tokens, the weights only {runner.spec.vocab}",
-            where=cfg.tokenizer or weights,
+            f"the vocabulary has {parts.tokenizer.vocab_size} tokens, the weights only {spec.vocab}",
+            where=cfg.tokenizer or parts.source,
             hint="TOKENIZER=<the folder that belongs to these weights>",
         )
-    name = f"{weights} + {cfg.adapter}" if cfg.adapter else weights
+    name = f"{parts.source} + {cfg.adapter}" if cfg.adapter else parts.source
     say(f"{cfg.model.name} from {name}, {how}")
-    return Model(runner, tokenizer, template, sampling, end_tokens(cfg, defaults, tokenizer))
 
 
 def end_tokens(cfg: Config, defaults: GenerationDefaults, tokenizer: Tokenizer) -> tuple[int, ...]:

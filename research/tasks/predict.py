@@ -12,7 +12,6 @@ from typing import Any
 
 from research.core.config.schema import Config
 from research.core.errors import DataError, UserError, require_file
-from research.core.generation.loop import run_requests
 from research.core.generation.requests import Request, check_request
 from research.core.generation.stream import TextStream
 from research.tasks.answering import Model, load_model
@@ -76,9 +75,9 @@ def _answers(
 
     requests = [Request(prompt, model.sampling, cfg.generate.max_new_tokens) for prompt in prompts]
     for question, request in zip(questions, requests):
-        check_request(request, model.runner.spec.vocab, model.runner.length_limit, question.where)
+        check_request(request, model.vocab, model.length_limit, question.where)
     start = time.perf_counter()
-    results = run_requests(model.runner, requests, model.eos_ids, on_token, cfg.generate.batch)
+    results = model.run(requests, on_token, cfg.generate.batch)
     for text in texts:
         show(text.flush())
     new, seconds = sum(len(r.ids) for r in results), time.perf_counter() - start
