@@ -18,9 +18,10 @@ class StepPlan:
     """One forward: the next tokens of R rows, concatenated. Nothing but integers, so that it can be pickled and sent.
 
     ``contexts`` are the rows' lengths after this step, ``tables`` their blocks, ``sampled`` the rows whose last token's
-    logits (or hidden state, with ``embed``) are wanted, ``copies`` blocks (from, to) to copy before anything is written.
-    ``adapters`` has a slot number per row, 0 for none (None: nobody has one). ``prompt_lengths``: what Qwen v1's dynamic
-    NTK goes by, per row (None: no such model). ``greedy``: the caller needs nothing but each sampled row's best token.
+    logits are wanted, ``embedded`` those whose last hidden state is; ``copies`` are blocks (from, to) to copy before
+    anything is written. ``adapters`` has a slot number per row, 0 for none (None: nobody has one). ``prompt_lengths``:
+    what Qwen v1's dynamic NTK goes by, per row (None: no such model). ``greedy``: the caller needs nothing but each
+    sampled row's best token. ``whole``: rows are whole texts of a model that is not causal, without cache and tables.
     """
 
     tokens: list[int]
@@ -28,11 +29,12 @@ class StepPlan:
     contexts: list[int]
     tables: list[list[int]]
     sampled: list[int]
+    embedded: list[int] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     adapters: list[int] | None = None
     prompt_lengths: list[int] | None = None
     greedy: bool = False
-    embed: bool = False
+    whole: bool = False
 
     @property
     def decode(self) -> bool:
@@ -45,14 +47,16 @@ class PagedBatch:
     """The tensors of a :class:`StepPlan` that attention reads, and the same numbers on the host.
 
     ``block_tables`` int32 [R, M], filled up with 0; ``query_starts`` int32 [R + 1]; ``contexts`` int32 [R]: lengths after
-    this step; ``slots`` int64 [N]: ``block * block_size + offset`` that each token's key and value go to; ``positions``
-    int64 [N]. ``queries`` and ``context_list`` repeat the lengths as lists, for operators that loop over rows.
+    this step; ``slots`` int64 [N]: ``block * block_size + offset`` that each token's key and value go to, and its two parts
+    ``blocks`` and ``offsets``; ``positions`` int64 [N]. ``queries`` and ``context_list`` repeat the lengths as lists, for operators that loop over rows.
     """
 
     block_tables: Tensor
     query_starts: Tensor
     contexts: Tensor
     slots: Tensor
+    blocks: Tensor
+    offsets: Tensor
     positions: Tensor
     queries: list[int]
     context_list: list[int]
@@ -78,7 +82,7 @@ class PagedBatch:
         else:
             rows = np.repeat(np.arange(len(queries)), queries)
             positions = np.arange(len(rows)) - starts[rows] + (contexts - queries)[rows]
-        slots = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        blocks, offsets = tables[rows, positions // block_size].astype(np.int64), positions % block_size
 
         def put(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
@@ -87,7 +91,9 @@ class PagedBatch:
             put(tables),
             put(starts),
             put(contexts.astype(np.int32)),
-            put(slots),
+            put(blocks * block_size + offsets),
+            put(blocks),
+            put(offsets),
             put(positions),
             plan.queries,
             plan.contexts,

@@ -1,0 +1,76 @@
+"""The next tokens of a step's rows, from their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from research.core.engine.api import TokenLogprob
+from research.core.generation.sampling import Sampling
+from research.core.torch.sampler import candidates, discourage, draw, penalize
+
+
+class RowSampler:
+    """How one answer chooses: its settings, its own stream of random numbers, the tokens it has seen.
+
+    Draws exactly one number per token, so the answer does not depend on what else is in the batch, and is that of
+    :class:`research.core.torch.sampler.Sampler`.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab: int, choice: int = 0):
+        self.sampling, self.plain_greedy = sampling, sampling.plain_greedy
+        self._generator = None if sampling.greedy else torch.Generator().manual_seed(sampling.seed + choice)
+        self._seen = self._counts = None
+        if sampling.repetition_penalty != 1:
+            self._seen = torch.zeros(vocab, dtype=torch.bool)
+            self._seen[torch.tensor(list(prompt))] = True
+        if sampling.counts:
+            self._counts = torch.zeros(vocab)
+
+    def __call__(self, logits_V: Tensor) -> int:
+        scores_V, sampling = logits_V, self.sampling
+        if self._seen is not None:
+            scores_V = penalize(scores_V, self._seen.to(scores_V.device), sampling.repetition_penalty)
+        if self._counts is not None:
+            scores_V = discourage(scores_V, self._counts.to(scores_V.device), sampling)
+        if sampling.greedy:
+            token = int(scores_V.argmax())
+        else:
+            probs_K, ids_K = candidates(scores_V, sampling)
+            token = int(ids_K[draw(probs_K, self._generator)])
+        self.saw(token)
+        return token
+
+    def saw(self, token: int) -> None:
+        if self._seen is not None:
+            self._seen[token] = True
+        if self._counts is not None:
+            self._counts[token] += 1
+
+
+def choose(logits_SV: Tensor, samplers: Sequence[RowSampler], rows: Sequence[int]) -> list[int]:
+    """One token for each sampler, from its row of ``logits_SV`` (float32, or the best tokens [S] themselves)."""
+    if logits_SV.ndim == 1:
+        best = logits_SV.tolist()
+        return [best[row] for row in rows]
+    best = best_tokens(logits_SV) if any(sampler.plain_greedy for sampler in samplers) else []
+    return [best[row] if sampler.plain_greedy else sampler(logits_SV[row]) for sampler, row in zip(samplers, rows)]
+
+
+def best_tokens(logits_SV: Tensor) -> list[int]:
+    # On the CPU by numpy, in this thread: waking torch's threads costs the next step's more than it saves.
+    on_cpu = logits_SV.device.type == "cpu"
+    return (logits_SV.numpy().argmax(-1) if on_cpu else logits_SV.argmax(-1)).tolist()
+
+
+def logprob(logits_V: Tensor, token: int, count: int) -> TokenLogprob:
+    """Of the chosen token and the ``count`` best ones."""
+    logits_V = logits_V.float()
+    total = torch.logsumexp(logits_V, -1)
+    top = ()
+    if count:
+        values, ids = torch.topk(logits_V, min(count, len(logits_V)))
+        top = tuple(zip(ids.tolist(), (values - total).tolist()))
+    return TokenLogprob(token, float(logits_V[token] - total), top)

@@ -1,0 +1,92 @@
+"""The device's part of a step: a plan of integers in, logits and hidden states out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from research.core.config.schema import EngineConfig
+from research.core.engine.attention import paged_attention, resolve_backend
+from research.core.engine.batch import PagedBatch, StepPlan
+from research.core.engine.cache import PagedCache
+from research.core.torch.decoder import Decoder
+from research.core.torch.layout import Layout
+
+
+@dataclass
+class StepOutput:
+    """Of the plan's ``sampled`` rows float32 logits [S, V] (or, with ``greedy``, perhaps only the best tokens [S], int64),
+    of its ``embedded`` rows float32 hidden states [E, H] after the final norm; None where there are no such rows."""
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+class ModelRunner:
+    """A decoder and its cache in blocks. All device work of a step goes through :meth:`execute`, whose argument can be
+    sent to the other ranks of a tensor-parallel decoder. ``adapters``: told of every plan before it is computed."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        settings: EngineConfig,
+        num_blocks: int,
+        kv_heads: int | None = None,
+        adapters: Any = None,
+    ):
+        self.decoder, self.settings, self.adapters = decoder.eval(), settings, adapters
+        weight = decoder.model.embed_tokens.weight
+        self.dtype, self.device = weight.dtype, weight.device
+        self.backend = resolve_backend(settings.attention, self.device, self.dtype)
+        self.block_size, self.num_blocks = settings.block_size, num_blocks
+        self.scale = decoder.spec.head_dim**-0.5
+        self.cache = PagedCache(decoder.spec, num_blocks, self.block_size, self.dtype, self.device, kv_heads)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepOutput:
+        if self.adapters is not None:
+            self.adapters.select(plan)
+        if plan.whole:
+            return StepOutput(hidden=self._whole(plan))
+        if plan.copies:
+            self.cache.copy(plan.copies)
+        batch = PagedBatch.of(plan, self.block_size, self.device)
+        hidden_NH = self._forward(plan, batch)
+        ends = batch.query_starts[1:] - 1
+        output = StepOutput()
+        if plan.sampled:
+            rows = hidden_NH[ends] if len(plan.sampled) == len(plan.queries) else hidden_NH[ends[plan.sampled]]
+            output.logits = self.decoder.logits(rows).float()
+        if plan.embedded:
+            output.hidden = hidden_NH[ends[plan.embedded]].float()
+        return output
+
+    def _forward(self, plan: StepPlan, batch: PagedBatch) -> Tensor:
+        """-> hidden states [N, H] after the final norm."""
+        ids_1N = torch.tensor(plan.tokens, dtype=torch.long)[None].to(self.device)
+        lengths: Tensor | int = 1
+        if plan.prompt_lengths is not None:
+            lengths = torch.tensor(plan.prompt_lengths).repeat_interleave(torch.tensor(plan.queries))[None]
+            lengths = lengths.to(self.device)
+        layout = Layout(1, len(plan.tokens), batch.positions[None], lengths, against_cache=True)
+        layout.paged = partial(self._attend, batch)
+        self.cache.batch = batch
+        return self.decoder.hidden(ids_1N, layout, self.cache)[0]
+
+    def _attend(self, batch: PagedBatch, q_1NHD: Tensor, k_PKbD: Tensor, v_PKbD: Tensor, window: int | None) -> Tensor:
+        return paged_attention(q_1NHD[0], k_PKbD, v_PKbD, batch, self.scale, window, self.backend)[None]
+
+    def _whole(self, plan: StepPlan) -> Tensor:
+        """Texts without a cache -> the last token's hidden state of each, float32 [E, H]."""
+        longest = max(plan.queries)
+        ids = torch.zeros(len(plan.queries), longest, dtype=torch.long)
+        mask, begin = torch.zeros_like(ids), 0
+        for row, length in enumerate(plan.queries):
+            ids[row, :length] = torch.tensor(plan.tokens[begin : begin + length])
+            mask[row, :length] = 1
+            begin += length
+        return self.decoder.embed(ids.to(self.device), mask, normalize=False)
