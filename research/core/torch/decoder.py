@@ -48,6 +48,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(spec.hidden, spec.vocab, bias=False) if head else None
         self.rotary = Rotary(spec)
         self.attention = "sdpa"
+        self.parallel = None  # the TensorPart that this decoder is (research.core.torch.tensor_parallel)
         self.tie()
 
     def tie(self) -> None:

@@ -170,7 +170,7 @@ def load_adapter(
     """
     folder = Path(folder)
     cfg = read_adapter_config(folder)
-    pairs = _read_pairs(folder, allow_pickle)
+    pairs = read_pairs(folder, allow_pickle)
     linears = {name: decoder.get_submodule(name) for name in linear_names(decoder)}
     shapes = {name: {part: tuple(tensor.shape) for part, tensor in pair.items()} for name, pair in pairs.items()}
     common.check_shapes(shapes, {n: (m.in_features, m.out_features) for n, m in linears.items()}, cfg, folder)
@@ -190,7 +190,8 @@ def load_adapter(
     return cfg
 
 
-def _read_pairs(folder: Path, allow_pickle: bool) -> dict[str, dict[str, Tensor]]:
+def read_pairs(folder: Path, allow_pickle: bool = False) -> dict[str, dict[str, Tensor]]:
+    """Module -> A and B of a PEFT folder's file, on the CPU in its dtype. Raises :class:`WeightsError`."""
     path = common.weights_path(folder, allow_pickle)
     if path.name == WEIGHTS_FILE:
         try:

@@ -100,7 +100,7 @@ def load_decoder(
     if shards is None:
         fill_decoder(decoder, source, plan, resolve_dtype(dtype, folder), device)
     else:
-        _set_parameters(decoder, sharded_parameters(shards, resolve_dtype(dtype, folder), device))
+        set_parameters(decoder, sharded_parameters(shards, resolve_dtype(dtype, folder), device))
     decoder.use_attention(attention)
     return decoder.eval()
 
@@ -142,10 +142,10 @@ def fill_decoder(
             target[piece.rows_parameter[0] : piece.rows_parameter[1]] = block
     if plan.tied_head is not None:
         _check_tied_head(read_tensor(source, plan.tied_head).to(dtype), made["model.embed_tokens.weight"], source)
-    _set_parameters(decoder, made)
+    set_parameters(decoder, made)
 
 
-def _set_parameters(decoder: Decoder, made: Mapping[str, Tensor]) -> None:
+def set_parameters(decoder: Decoder, made: Mapping[str, Tensor]) -> None:
     for name, value in made.items():
         owner, _, attribute = name.rpartition(".")
         setattr(decoder.get_submodule(owner), attribute, nn.Parameter(value))
