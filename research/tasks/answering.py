@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from research.core.config.schema import Config
+from research.core.engine.api import Engine, EngineRequest, Update
 from research.core.errors import ConfigError, WeightsError
 from research.core.generation.loop import Runner, run_requests
 from research.core.generation.requests import OnToken, Request, Result
@@ -54,6 +56,38 @@ class Model:
 
 
 @dataclass(frozen=True)
+class EngineModel:
+    """A model ready to answer in the engine. ``adapter``: the one of ``cfg.adapter``, which every request uses that names
+    none of its own."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    sampling: Sampling
+    eos_ids: tuple[int, ...]
+    adapter: str | None = None
+    how: str = ""  # dtype and device in words
+
+    @property
+    def vocab(self) -> int:
+        return self.engine.spec.vocab
+
+    @property
+    def length_limit(self) -> int:
+        return self.engine.length_limit
+
+    def run(self, requests: Sequence[Request], on_token: OnToken | None = None, batch: int = 8) -> list[Result]:
+        """Continue all ``requests``; the engine, not ``batch``, decides how many run at a time."""
+        from research.core.engine.run_all import run_all
+
+        def tell(place: int, update: Update) -> bool:
+            return any(bool(on_token(place, token)) for token in update.tokens) if on_token else False
+
+        asked = [EngineRequest(tuple(r.prompt), r.sampling, r.max_new_tokens, adapter=self.adapter) for r in requests]
+        return [Result(answer.ids, answer.reason) for answer in run_all(self.engine, asked, tell)]
+
+
+@dataclass(frozen=True)
 class Parts:
     """What belongs to weights: ``source`` is their folder, or a MindFormers file."""
 
@@ -77,6 +111,27 @@ def load_model(cfg: Config) -> Model:
     runner, how = load_runner(parts.source, cfg.generate, cfg.device, cfg.adapter, opening(cfg))
     check_loaded(cfg, parts, runner.spec, how)
     return Model(runner, parts.tokenizer, parts.template, parts.sampling, parts.eos_ids)
+
+
+def open_engine_model(cfg: Config) -> EngineModel:
+    """The model of ``cfg`` in the paged engine (torch), with the adapters of ``lora_adapter.json`` beside the weights and
+    that of ``cfg.adapter``, called after its folder. An embedding model too. Raises UserErrors."""
+    if cfg.backend != "torch":
+        raise ConfigError("the engine runs on torch only", where=f"backend={cfg.backend}", hint="BACKEND=torch")
+    parts = find_parts(cfg)
+    adapter = Path(cfg.adapter).resolve().name if cfg.adapter else None
+    open_engine = importlib.import_module("research.core.engine.build").open_engine
+    engine, how = open_engine(
+        parts.source,
+        parts.tokenizer,
+        parts.eos_ids,
+        cfg,
+        {adapter: Path(cfg.adapter)} if adapter else {},
+        opening(cfg),
+        say,
+    )
+    check_loaded(cfg, parts, engine.spec, how)
+    return EngineModel(engine, parts.tokenizer, parts.template, parts.sampling, parts.eos_ids, adapter, how)
 
 
 def find_parts(cfg: Config) -> Parts:
