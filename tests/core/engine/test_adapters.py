@@ -129,7 +129,7 @@ def test_linears_of_a_mixture_carry_adapters_and_its_routed_experts_are_refused(
     key = "base_model.model.model.layers.0.mlp.experts.1.up_proj.lora_{}.weight"
     expert = {key.format("A"): torch.zeros(4, 32), key.format("B"): torch.zeros(16, 4)}
     save_file({**tensors, **expert}, tmp_path / "tuned" / "adapter_model.safetensors")
-    with pytest.raises(WeightsError, match="experts.1.up_proj.*routed experts"):
+    with pytest.raises(WeightsError, match=r"experts\.1\.up_proj.*routed experts"):
         slots.load(2, tmp_path / "tuned")
 
 
@@ -153,7 +153,7 @@ def test_adapters_that_do_not_fit_are_refused_by_tensor_and_change_nothing(base,
         table.load("bad", bad)
     head = {f"base_model.model.lm_head.lora_{part}.weight": torch.zeros(3, 3) for part in "AB"}
     with_tensors(lambda tensors: {**tensors, **head})
-    with pytest.raises(WeightsError, match="lm_head.*output matrix"):
+    with pytest.raises(WeightsError, match=r"lm_head.*output matrix"):
         table.load("bad", bad)
     assert table.names == [] and not any(isinstance(module, SlotLinear) for module in decoder.modules())
 
