@@ -104,6 +104,9 @@ class ByteLevelTokenizer(Tokenizer):
         table, hidden = self._bytes, self.hidden_ids if skip_special else ()
         return b"".join([table.get(index, b"") for index in ids if index not in hidden]).decode("utf-8", "replace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._bytes.get(token_id, b"")
+
     def prefix_tokens(self, ids: Sequence[int], text: str, chars: int) -> int:
         if not self._complete:
             return sum(end <= chars for _, end in self._library.encode(text, add_special_tokens=False).offsets)

@@ -128,6 +128,10 @@ class Tokenizer(ABC):
         ``skip_special`` leaves control tokens out, but not the visible ones (``<tool_call>``), as transformers does.
         """
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, which may be part of a character; of an id without a token none."""
+        return self.decode([token_id]).encode()
+
     @abstractmethod
     def prefix_tokens(self, ids: Sequence[int], text: str, chars: int) -> int:
         """How many of ``ids`` (plain encoding of ``text``) lie wholly in its first ``chars`` characters."""

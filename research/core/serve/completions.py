@@ -1,0 +1,177 @@
+"""``/v1/completions``: plain text continued, without a template."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from research.core.engine.api import EngineRequest, TokenLogprob
+from research.core.serve.errors import bad
+from research.core.serve.events import DONE, EventStream, event
+from research.core.serve.fields import choices_of, constraint_of, sampling_of, stop_of
+from research.core.serve.logprobs import CompletionLogprobs
+from research.core.serve.schema import CompletionRequest
+from research.core.serve.service import Service, Work
+
+router = APIRouter()
+
+# What a fill-in-the-middle answer may not go on with: the tokens of Qwen2.5-Coder's file format.
+_FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+_FIM_ENDS = (*_FIM, "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
+_DEFAULT_TOKENS = 16  # OpenAI's
+_FINISH = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "stop", "error": "stop"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``ids`` go into the model; ``text`` is what ``echo`` repeats."""
+
+    ids: list[int]
+    text: str
+
+
+@router.post("/v1/completions", tags=["openai"])
+async def completions(request: Request, body: CompletionRequest) -> Response:
+    """OpenAI's completion interface: a text continued, or filled in before ``suffix``."""
+    service: Service = request.app.state.service
+    service.check_can_generate()
+    adapter = service.adapter_of(body.model)
+    request.state.entry.note(model=body.model, user=body.user, stream=body.stream or None)
+    n = choices_of(body, service)
+    if body.best_of is not None and body.best_of != n:
+        raise bad("best_of", f"every answer is returned here: it is n ({n}), or left out")
+    if body.echo and body.logprobs is not None:
+        raise bad("logprobs", "of a prompt are not computed: leave echo or logprobs out")
+    prompts = await _prompts(service, body)
+    nothing = body.max_tokens == 0
+    if nothing and (not body.echo or body.stream):
+        raise bad("max_tokens", "0 is only for echo=true, and not for a stream")
+    sampling = sampling_of(body, service.served.sampling)
+    ends = tuple(body.stop_token_ids or ())
+    if body.suffix is not None:
+        ends += tuple(service.tokenizer.special_tokens[name] for name in _FIM_ENDS)
+    requests = [
+        EngineRequest(
+            prompt=tuple(prompt.ids),
+            sampling=sampling,
+            max_new_tokens=service.new_tokens(
+                len(prompt.ids), body.max_tokens, "prompt", "max_tokens", _DEFAULT_TOKENS
+            ),
+            n=n,
+            stop=stop_of(body),
+            stop_ids=ends,
+            ignore_eos=body.ignore_eos,
+            logprobs=body.logprobs,
+            adapter=adapter,
+            priority=body.priority,
+            constraint=constraint_of(body),
+        )
+        for prompt in prompts
+    ]
+    head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
+    head["model"] = body.model or service.served.name
+    answers = [Answer(service, prompt.text if body.echo else "") for prompt in prompts for _ in range(n)]
+    if nothing:
+        return JSONResponse({**head, **_only_echo(answers, requests)})
+    work = await service.submit(request, requests)
+    if service.settings.log_prompts:
+        work.entry.note(prompts_text=[prompt.text for prompt in prompts])
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(work, _chunks(work, answers, head, n, usage))
+    for index, update, _ in await work.all(request):
+        answers[index * n + update.choice].take(update)
+    choices = [answer.choice(index) for index, answer in enumerate(answers)]
+    if service.settings.log_prompts:
+        work.entry.note(answers=[choice["text"] for choice in choices])
+    return JSONResponse({**head, "choices": choices, "usage": work.usage()})
+
+
+async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
+    given = body.prompt
+    if isinstance(given, str) or isinstance(given[0], int):
+        given = [given]
+    if len(given) > service.settings.max_prompts:
+        raise bad("prompt", f"at most {service.settings.max_prompts} in one request here (serve.max_prompts)")
+    if isinstance(given[0], str):
+        rows = await service.encode(given)
+        prompts = [Prompt(ids, text) for ids, text in zip(rows, given)]
+    else:
+        for ids in given:
+            service.check_ids(ids, "prompt")
+        prompts = [Prompt(ids, service.tokenizer.decode(ids) if body.echo else "") for ids in given]
+    if body.suffix is None:
+        return prompts
+    specials = service.tokenizer.special_tokens
+    if not all(name in specials for name in _FIM):
+        raise bad("suffix", "this vocabulary has no tokens for filling in the middle")
+    prefix, suffix, middle = (specials[name] for name in _FIM)
+    (behind,) = await service.encode([body.suffix])
+    return [Prompt([prefix, *prompt.ids, suffix, *behind, middle], prompt.text) for prompt in prompts]
+
+
+def _only_echo(answers: list[Answer], requests: list[EngineRequest]) -> dict[str, Any]:
+    tokens = sum(len(request.prompt) for request in requests)
+    for answer in answers:
+        answer.finish = "length"
+    usage = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+    return {"choices": [answer.choice(index) for index, answer in enumerate(answers)], "usage": usage}
+
+
+@dataclass
+class Answer:
+    """One choice, taken together from its updates; ``echo`` stands in front of it."""
+
+    service: Service
+    echo: str
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: str | None = None
+
+    def __post_init__(self):
+        self.lists = CompletionLogprobs(self.service.tokenizer, len(self.echo))
+
+    def take(self, update) -> None:
+        self.text.append(update.text)
+        self.logprobs += update.logprobs
+        if update.finish is not None:
+            self.finish = _FINISH[update.finish]
+
+    def choice(self, index: int) -> dict[str, Any]:
+        logprobs = self.lists.lists(self.logprobs) if self.logprobs else None
+        text = self.echo + "".join(self.text)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self.finish}
+
+
+async def _chunks(
+    work: Work, answers: list[Answer], head: dict[str, Any], n: int, usage: bool
+) -> AsyncGenerator[bytes, None]:
+    last = {"usage": None} if usage else {}
+
+    def chunk(index: int, text: str, logprobs: Any = None, finish: str | None = None) -> bytes:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        return event({**head, "choices": [choice], **last})
+
+    for index, answer in enumerate(answers):
+        if answer.echo:
+            yield chunk(index, answer.echo)
+    async for batch in work.batches():
+        out = []
+        for prompt, update, _ in batch:
+            index = prompt * n + update.choice
+            answer = answers[index]
+            logprobs = answer.lists.lists(update.logprobs) if update.logprobs else None
+            finish = _FINISH[update.finish] if update.finish is not None else None
+            if update.text or logprobs or finish:
+                out.append(chunk(index, update.text, logprobs, finish))
+        if out:
+            yield b"".join(out)
+    if usage:
+        yield event({**head, "choices": [], "usage": work.usage()})
+    yield DONE
