@@ -38,6 +38,8 @@ _SIGNATURES = {
     "linear_rows": "illlppppi",
     "set_custom_threads": "i",
     "decode_step": "ipfppppppppppi",
+    "paged_attention": "illlllllfpppppppi",
+    "paged_step": "ipf" + "p" * 17 + "i",
 }
 _TYPES = {"i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
 

@@ -44,29 +44,24 @@ class DecodeStep:
         spec = decoder.spec
         self.decoder, self.spec = decoder, spec
         self.dtype = decoder.model.embed_tokens.weight.dtype
-        parameters = [_parameter(layer, name) for layer in decoder.model.layers for name in _LAYER]
-        parameters += [decoder.model.embed_tokens.weight, decoder.model.norm.weight, decoder.lm_head.weight]
-        self._keep = parameters  # the addresses below are theirs
-        self._weights = torch.tensor([0 if p is None else p.data_ptr() for p in parameters], dtype=torch.int64)
-        self._elements = sum(p.numel() for p in parameters if p is not None)
+        self._keep = kernel_parameters(decoder)  # the addresses below are theirs
+        self._weights = torch.tensor([0 if p is None else p.data_ptr() for p in self._keep], dtype=torch.int64)
+        self._elements = sum(p.numel() for p in self._keep if p is not None)
         windows = [layer.self_attn.window or 0 for layer in decoder.model.layers]
         self._windows = torch.tensor(windows, dtype=torch.int64)
 
     @staticmethod
-    def fits(decoder: Decoder) -> bool:
-        """Whether the kernel can run this decoder: dense, plain projections, on the CPU, in float32 or bfloat16."""
+    def fits(decoder: Decoder, head: bool = True) -> bool:
+        """Whether the kernel can run this decoder: dense, plain projections, on the CPU, in float32 or bfloat16, with an
+        output matrix unless ``head`` is False."""
         spec, embedding = decoder.spec, decoder.model.embed_tokens.weight
-        if (
-            spec.moe is not None
-            or not spec.causal
-            or decoder.lm_head is None
-            or spec.head_dim % 16
-            or spec.head_dim > 256
-        ):
+        if spec.moe is not None or not spec.causal or spec.head_dim % 16 or spec.head_dim > 256:
+            return False
+        if head and decoder.lm_head is None:
             return False
         if embedding.device.type != "cpu" or embedding.dtype not in (torch.float32, torch.bfloat16):
             return False
-        modules = [decoder.lm_head]
+        modules = [] if decoder.lm_head is None else [decoder.lm_head]
         for layer in decoder.model.layers:
             if (
                 layer.self_attn.backend != "sdpa"
@@ -128,6 +123,13 @@ def _plain(parameter: Tensor, dtype: torch.dtype) -> bool:
     """Whether the address of ``parameter`` says all: not a part of one that is spread over cards."""
     sharded = hasattr(parameter, "full_tensor")
     return not sharded and parameter.dtype == dtype and parameter.is_contiguous() and parameter.device.type == "cpu"
+
+
+def kernel_parameters(decoder: Decoder) -> list[Tensor | None]:
+    """Parameters in the order in which the kernels take their addresses; None for a bias or head that is not there."""
+    parameters = [_parameter(layer, name) for layer in decoder.model.layers for name in _LAYER]
+    head = None if decoder.lm_head is None else decoder.lm_head.weight
+    return [*parameters, decoder.model.embed_tokens.weight, decoder.model.norm.weight, head]
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:
