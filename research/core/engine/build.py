@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from research.core.config.schema import Config
+import torch
+import torch.distributed as dist
+
+from research.core.config.schema import Config, EngineConfig
 from research.core.engine.adapters import TABLE, Adapters, read_table
 from research.core.engine.api import Engine
 from research.core.engine.batch import StepPlan
 from research.core.engine.engine import PagedEngine, check_settings
-from research.core.engine.memory import count_blocks
+from research.core.engine.memory import CPU_FRACTION, count_blocks
+from research.core.engine.ranks import LeadingRunner, LeadingSlots, Wire, follow
 from research.core.engine.runner import ModelRunner
 from research.core.errors import UserError, WeightsError
+from research.core.launch.environment import place
 from research.core.text.tokenizer import Tokenizer
+from research.core.torch.decoder import Decoder
 from research.core.torch.device import resolve_device, resolve_dtype
 from research.core.torch.multi_lora import AdapterSlots
 from research.core.torch.packed_linear import pack_frozen_linears
+from research.core.torch.parallel import World
+from research.core.torch.tensor_parallel import load_part
 from research.core.torch.weights import load_decoder
 from research.core.weights.opened import NOTHING_SAID, OpenOptions
 
@@ -38,25 +48,85 @@ def open_engine(
     ``eos_ids`` end every answer. Loaded from the start: what ``lora_adapter.json`` beside the weights lists, and
     ``adapters``, name to folder, which win over it. ``say`` hears of the cache's size and of adapters. Raises
     :class:`UserError` for weights, adapters, devices and settings that do not fit.
+
+    On several ranks (started by torchrun or :mod:`research.core.launch`) each holds its part of the decoder. All of them
+    call this; it returns on the first, and the others leave by SystemExit when that one's engine is closed.
     """
-    where = resolve_device(cfg.device)
-    dtype = resolve_dtype(cfg.generate.dtype, where)
-    decoder = load_decoder(
-        weights,
-        dtype=dtype,
-        device=where,
-        attention=cfg.device.attention,
-        head=not cfg.model.embedding,
-        allow_pickle=opening.allow_pickle,
-    )
-    pack_frozen_linears(decoder.requires_grad_(False))
-    settings = check_settings(cfg.engine, decoder)
-    blocks = count_blocks(settings, decoder.spec, dtype, where, say=say) if decoder.spec.causal else 1
-    slots = AdapterSlots(decoder)
-    runner = ModelRunner(decoder, settings, blocks, adapters=Routes(slots))
-    engine = PagedEngine(decoder, tokenizer, settings, eos_ids, runner, Adapters(slots))
+    world = _world(cfg)
+    # Measured where it says "auto": the ranks must not come to different results.
+    dtype = world.tell(resolve_dtype(cfg.generate.dtype, world.device) if world.main else None)
+    decoder = _load(weights, cfg, opening, world, dtype)
+    engine = engine_of(decoder, tokenizer, eos_ids, cfg.engine, world, say if world.main else lambda line: None)
     load_adapters(engine, Path(weights), adapters or {}, say)
-    return engine, f"{str(dtype).removeprefix('torch.')} on {where}"
+    cards = f" and {world.size - 1} more" if world.size > 1 else ""
+    return engine, f"{str(dtype).removeprefix('torch.')} on {world.device}{cards}"
+
+
+def _world(cfg: Config) -> World:
+    if dist.is_initialized():  # an engine before this one, in the same process
+        here = place()
+        return World(resolve_device(cfg.device, here.local_rank, here.local_size), here.rank, here.size)
+    if place() is None or place().size == 1:
+        return World(resolve_device(cfg.device))
+    world = World.join(cfg)
+    atexit.register(world.leave)
+    return world
+
+
+def _load(weights, cfg: Config, opening: OpenOptions, world: World, dtype: torch.dtype) -> Decoder:
+    if world.size > 1:
+        opening = replace(opening, head=not cfg.model.embedding)
+        how = {"dtype": dtype, "device": world.device, "attention": cfg.device.attention}
+        decoder = load_part(weights, world.rank, world.size, **how, opening=opening)
+    else:
+        decoder = load_decoder(
+            weights,
+            dtype=dtype,
+            device=world.device,
+            attention=cfg.device.attention,
+            head=not cfg.model.embedding,
+            allow_pickle=opening.allow_pickle,
+        )
+    pack_frozen_linears(decoder.requires_grad_(False))
+    return decoder
+
+
+def engine_of(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    eos_ids: Collection[int],
+    settings: EngineConfig,
+    world: World,
+    say: Say = lambda line: None,
+) -> PagedEngine:
+    """An engine of a loaded decoder, ready for adapters. Ranks but the first do not come back from here: they compute for
+    it and leave by SystemExit when it is closed."""
+    dtype, device = decoder.model.embed_tokens.weight.dtype, world.device
+    settings = check_settings(settings, decoder)
+    if world.size > 1:
+        dist.barrier()  # every rank's weights are in memory
+        settings = _share(settings, world)
+    blocks = count_blocks(settings, decoder.spec, dtype, device, say=say) if decoder.spec.causal else 1
+    slots = AdapterSlots(decoder)
+    if world.size == 1:
+        runner = ModelRunner(decoder, settings, blocks, adapters=Routes(slots))
+        return PagedEngine(decoder, tokenizer, settings, eos_ids, runner, Adapters(slots))
+    wire = Wire()
+    runner = ModelRunner(decoder, settings, wire.smallest(blocks), adapters=Routes(slots))
+    if not world.main:
+        follow(runner, slots, wire)
+        raise SystemExit(0)
+    leading = LeadingRunner(runner, wire)
+    engine = PagedEngine(decoder, tokenizer, settings, eos_ids, leading, Adapters(LeadingSlots(slots, wire)))
+    engine.spec = decoder.parallel.whole
+    return engine
+
+
+def _share(settings: EngineConfig, world: World) -> EngineConfig:
+    """Ranks that compute on one host's CPU share its memory."""
+    if world.device.type != "cpu":
+        return settings
+    return replace(settings, memory_fraction=(settings.memory_fraction or CPU_FRACTION) / place().local_size)
 
 
 class Routes:

@@ -13,6 +13,7 @@ from research.core.spec import DecoderSpec
 
 _log = logging.getLogger("research.engine")
 GB = 1e9
+CPU_FRACTION, CARD_FRACTION = 0.5, 0.9  # of the free memory, where no engine.memory_fraction is set
 
 
 def free_memory(device: torch.device) -> int:
@@ -57,7 +58,7 @@ def count_blocks(
     if settings.num_blocks is not None:
         blocks, why = settings.num_blocks, "engine.num_blocks"
     else:
-        fraction = settings.memory_fraction or (0.5 if device.type == "cpu" else 0.9)
+        fraction = settings.memory_fraction or (CPU_FRACTION if device.type == "cpu" else CARD_FRACTION)
         free = free_memory(device)
         held = int(free * fraction) // bytes_per_block
         if held < 1:
