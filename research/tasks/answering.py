@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from research.core.config.schema import Config
 from research.core.engine.api import Engine, EngineRequest, Update
+from research.core.engine.run_all import Answered, run_all
 from research.core.errors import ConfigError, WeightsError
 from research.core.generation.loop import Runner, run_requests
-from research.core.generation.requests import OnToken, Request, Result
+from research.core.generation.requests import MODELS, OnToken, Request, Result, check_request
 from research.core.generation.sampling import Sampling
 from research.core.spec import DecoderSpec
 from research.core.text.template import ChatTemplate
@@ -31,6 +32,9 @@ from research.tasks.sources import (
     say,
 )
 
+BATCH = 8  # prompts at a time in a contiguous cache
+OnResult = Callable[[int, Result], None]  # (number of the request, its answer)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -43,16 +47,32 @@ class Model:
     eos_ids: tuple[int, ...]
 
     @property
-    def vocab(self) -> int:
-        return self.runner.spec.vocab
-
-    @property
     def length_limit(self) -> int:
         return self.runner.length_limit
 
-    def run(self, requests: Sequence[Request], on_token: OnToken | None = None, batch: int = 8) -> list[Result]:
-        """As :func:`research.core.generation.loop.run_requests`."""
-        return run_requests(self.runner, requests, self.eos_ids, on_token, batch)
+    def check(self, request: Request, where: str) -> None:
+        """Raise :class:`UserError` for one that can never run; ``where`` says which one it is."""
+        check_request(request, self.runner.spec.vocab, self.length_limit, where)
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        on_token: OnToken | None = None,
+        batch: int | None = None,
+        on_result: OnResult = lambda place, result: None,
+    ) -> list[Result]:
+        """Continue all ``requests``, ``batch`` (None: 8) at a time, in order; ``on_result`` hears of each that has ended."""
+        batch, results = batch or BATCH, []
+        for begin in range(0, len(requests), batch):
+            tell = None if on_token is None else _shifted(on_token, begin)
+            part = requests[begin : begin + batch]
+            for result in run_requests(self.runner, part, self.eos_ids, tell, batch):
+                on_result(len(results), result)
+                results.append(result)
+        return results
+
+    def close(self) -> None:
+        """Nothing is held beyond memory."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +89,40 @@ class EngineModel:
     how: str = ""  # dtype and device in words
 
     @property
-    def vocab(self) -> int:
-        return self.engine.spec.vocab
-
-    @property
     def length_limit(self) -> int:
         return self.engine.length_limit
 
-    def run(self, requests: Sequence[Request], on_token: OnToken | None = None, batch: int = 8) -> list[Result]:
-        """Continue all ``requests``; the engine, not ``batch``, decides how many run at a time."""
-        from research.core.engine.run_all import run_all
+    def check(self, request: Request, where: str) -> None:
+        """Raise :class:`UserError` for one that can never run; ``where`` says which one it is."""
+        spec, limit = self.engine.spec, self.length_limit
+        check_request(request, spec.vocab, limit, where, MODELS if limit == spec.usable_length else "the engine's")
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        on_token: OnToken | None = None,
+        batch: int | None = None,
+        on_result: OnResult = lambda place, result: None,
+    ) -> list[Result]:
+        """Continue all ``requests``, as many at a time as the engine takes (``batch`` was its ``max_batch``); ``on_result``
+        hears of each that has ended."""
 
         def tell(place: int, update: Update) -> bool:
             return any(bool(on_token(place, token)) for token in update.tokens) if on_token else False
 
+        def end(place: int, answer: Answered) -> None:
+            on_result(place, Result(answer.ids, answer.reason))
+
         asked = [EngineRequest(tuple(r.prompt), r.sampling, r.max_new_tokens, adapter=self.adapter) for r in requests]
-        return [Result(answer.ids, answer.reason) for answer in run_all(self.engine, asked, tell)]
+        return [Result(answer.ids, answer.reason) for answer in run_all(self.engine, asked, tell, end)]
+
+    def close(self) -> None:
+        """Give memory back; with tensor parallelism, end the other ranks."""
+        self.engine.close()
+
+
+def _shifted(on_token: OnToken, begin: int) -> OnToken:
+    return lambda row, token: on_token(begin + row, token)
 
 
 @dataclass(frozen=True)
@@ -96,6 +134,31 @@ class Parts:
     template: ChatTemplate
     sampling: Sampling
     eos_ids: tuple[int, ...]
+
+
+def open_model(cfg: Config) -> Model | EngineModel:
+    """The model of ``cfg``, to be run as ``engine.mode`` says."""
+    return load_model(cfg) if mode(cfg) == "flash" else open_engine_model(cfg)
+
+
+def mode(cfg: Config) -> str:
+    """``engine.mode``, with ``auto`` decided. Raises :class:`ConfigError` for one that cannot be had."""
+    chosen = cfg.engine.mode
+    if chosen == "auto":
+        chosen = "flash" if cfg.backend == "mindspore" or cfg.generate.compile else "paged"
+    elif chosen != "flash":
+        other = "backend=mindspore" if cfg.backend == "mindspore" else "generate.compile=true"
+        if cfg.backend == "mindspore" or cfg.generate.compile:
+            raise ConfigError(
+                "do not go together", where=f"engine.mode={chosen} and {other}", hint="engine.mode=auto, or flash"
+            )
+    if chosen == "flash" and cfg.backend == "torch" and cfg.parallel.cards * cfg.parallel.nodes > 1:
+        raise ConfigError(
+            "the contiguous cache runs on one card",
+            where=f"parallel.cards={cfg.parallel.cards}",
+            hint="engine.mode=paged without generate.compile, or CARDS=1",
+        )
+    return chosen
 
 
 def load_model(cfg: Config) -> Model:
@@ -116,11 +179,12 @@ def load_model(cfg: Config) -> Model:
 def open_engine_model(cfg: Config) -> EngineModel:
     """The model of ``cfg`` in the paged engine (torch), with the adapters of ``lora_adapter.json`` beside the weights and
     that of ``cfg.adapter``, called after its folder. An embedding model too. Raises UserErrors."""
-    if cfg.backend != "torch":
-        raise ConfigError("the engine runs on torch only", where=f"backend={cfg.backend}", hint="BACKEND=torch")
+    module = "vllm" if mode(cfg) == "vllm" else "build"
+    if cfg.generate.batch is not None:
+        cfg.engine.max_batch = cfg.generate.batch
     parts = find_parts(cfg)
     adapter = Path(cfg.adapter).resolve().name if cfg.adapter else None
-    open_engine = importlib.import_module("research.core.engine.build").open_engine
+    open_engine = importlib.import_module(f"research.core.engine.{module}").open_engine
     engine, how = open_engine(
         parts.source,
         parts.tokenizer,

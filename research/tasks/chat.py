@@ -9,15 +9,18 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 from research.core.config.schema import Config
+from research.core.engine.session import EngineSession
 from research.core.errors import ConfigError, UserError
 from research.core.generation.requests import check_room
 from research.core.generation.session import ChatSession
+from research.core.launch.ranks import launch, needs_launch
 from research.core.run.folder import write_text
-from research.tasks.answering import load_model
+from research.tasks.answering import EngineModel, mode, open_model
 
 HELP = """\
 /help         this text
@@ -37,7 +40,10 @@ def run(cfg: Config) -> int:
     use_utf8()
     if cfg.generate.raw:
         raise ConfigError("a conversation needs a template", where="generate.raw=true", hint="task=predict")
-    return Repl(open_session(cfg), sys.stdin, sys.stdout, sys.stderr).loop()
+    if mode(cfg) == "paged" and needs_launch(cfg):
+        return launch(cfg)
+    with contextlib.closing(open_session(cfg)) as session:
+        return Repl(session, sys.stdin, sys.stdout, sys.stderr).loop()
 
 
 def use_utf8() -> None:
@@ -49,12 +55,15 @@ def use_utf8() -> None:
 
 def open_session(cfg: Config, remember: bool = True, limit: int | None = None) -> ChatSession:
     """Load the model of ``cfg`` and begin a conversation with it; ``remember`` and ``limit`` are the session's."""
-    model = load_model(cfg)
+    model = open_model(cfg)
     # One token of a message at least; what a real one needs is known when it is typed.
-    room = model.runner.length_limit if limit is None else min(limit, model.runner.length_limit)
+    room = model.length_limit if limit is None else min(limit, model.length_limit)
     check_room(1, cfg.generate.max_new_tokens, room, "generate.max_new_tokens")
-    return ChatSession(
-        model.runner,
+    if isinstance(model, EngineModel):
+        begin = partial(EngineSession, model.engine, adapter=model.adapter)
+    else:
+        begin = partial(ChatSession, model.runner)
+    return begin(
         model.tokenizer,
         model.template,
         model.sampling,

@@ -8,6 +8,7 @@ chooses. Further flags are those of run_<family>.py, and any ``setting=value`` c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -54,11 +55,11 @@ def main(argv: Sequence[str], family: str) -> int:
         if question.text is None:
             raise ConfigError("a conversation is no question", where=question.where, hint='{"prompt": "text"}')
         questions.append(question.text)
-    session = open_session(cfg, remember=script.enable_history, limit=script.seq_length)
-    repl = Repl(session, sys.stdin, sys.stdout, sys.stderr, verbose=script.verbose)
-    for question in questions:
-        repl.ask(question)
-    return 0 if given else repl.loop()
+    with contextlib.closing(open_session(cfg, remember=script.enable_history, limit=script.seq_length)) as session:
+        repl = Repl(session, sys.stdin, sys.stdout, sys.stderr, verbose=script.verbose)
+        for question in questions:
+            repl.ask(question)
+        return 0 if given else repl.loop()
 
 
 def settings(script: argparse.Namespace, others: Sequence[str], family: str) -> Config:

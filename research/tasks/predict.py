@@ -12,9 +12,10 @@ from typing import Any
 
 from research.core.config.schema import Config
 from research.core.errors import DataError, UserError, require_file
-from research.core.generation.requests import Request, check_request
+from research.core.generation.requests import OnToken, Request, Result
 from research.core.generation.stream import TextStream
-from research.tasks.answering import Model, load_model
+from research.core.launch.ranks import launch, needs_launch
+from research.tasks.answering import EngineModel, Model, OnResult, mode, open_model
 from research.tasks.sources import say
 
 
@@ -31,11 +32,17 @@ class Question:
 def run(cfg: Config) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")
+    if mode(cfg) == "paged" and needs_launch(cfg):
+        return launch(cfg)
     questions = read_questions(cfg)
-    return answer(cfg, load_model(cfg), questions)
+    model = open_model(cfg)
+    try:
+        return answer(cfg, model, questions)
+    finally:
+        model.close()
 
 
-def answer(cfg: Config, model: Model, questions: list[Question] | None = None) -> int:
+def answer(cfg: Config, model: Model | EngineModel, questions: list[Question] | None = None) -> int:
     """Answer the questions of ``cfg``: one as it comes, several as JSON lines."""
     questions = read_questions(cfg) if questions is None else questions
     prompts = [encode_question(cfg, model, question) for question in questions]
@@ -46,52 +53,67 @@ def answer(cfg: Config, model: Model, questions: list[Question] | None = None) -
     return 0
 
 
-def answer_one(cfg: Config, model: Model, question: Question, prompt: list[int]) -> None:
+def answer_one(cfg: Config, model: Model | EngineModel, question: Question, prompt: list[int]) -> None:
     """Stream one answer to stdout, with a line end behind it."""
-    _answers(cfg, model, [question], [prompt], stream=True)
+    stream = _stream(cfg, model)
 
-
-def answer_file(cfg: Config, model: Model, questions: list[Question], prompts: list[list[int]]) -> None:
-    """Answer all questions, ``generate.batch`` at a time; one JSON line each on stdout, in order."""
-    size = cfg.generate.batch
-    for begin in range(0, len(questions), size):
-        part = questions[begin : begin + size]
-        for question, text in zip(part, _answers(cfg, model, part, prompts[begin : begin + size])):
-            print(json.dumps(question.fields | {"answer": text}, ensure_ascii=False), flush=True)
-
-
-def _answers(
-    cfg: Config, model: Model, questions: list[Question], prompts: list[list[int]], stream: bool = False
-) -> list[str]:
-    texts = [TextStream(model.tokenizer, hidden=model.eos_ids, stop=cfg.generate.stop) for _ in questions]
-
-    def on_token(row: int, token: int) -> bool:
-        show(texts[row].push(token))
-        return texts[row].stopped
+    def on_token(_: int, token: int) -> bool:
+        show(stream.push(token))
+        return stream.stopped
 
     def show(text: str) -> None:
-        if stream and text:
+        if text:
             print(text, end="", flush=True)
 
+    def on_result(_: int, result: Result) -> None:
+        show(stream.flush())
+        if not stream.text.endswith("\n"):
+            print(flush=True)
+
+    _run(cfg, model, [question], [prompt], on_token, on_result)
+
+
+def answer_file(cfg: Config, model: Model | EngineModel, questions: list[Question], prompts: list[list[int]]) -> None:
+    """Answer all questions; one JSON line each on stdout, in order, as soon as those before it are answered."""
+    streams = [_stream(cfg, model) for _ in questions]
+    ended: set[int] = set()
+    shown = 0
+
+    def on_token(place: int, token: int) -> bool:
+        streams[place].push(token)
+        return streams[place].stopped
+
+    def on_result(place: int, result: Result) -> None:
+        nonlocal shown
+        streams[place].flush()
+        ended.add(place)
+        while shown in ended:
+            record = questions[shown].fields | {"answer": streams[shown].text}
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+            shown += 1
+
+    _run(cfg, model, questions, prompts, on_token, on_result)
+
+
+def _stream(cfg: Config, model: Model | EngineModel) -> TextStream:
+    return TextStream(model.tokenizer, hidden=model.eos_ids, stop=cfg.generate.stop)
+
+
+def _run(cfg: Config, model: Model | EngineModel, questions, prompts, on_token: OnToken, on_result: OnResult) -> None:
     requests = [Request(prompt, model.sampling, cfg.generate.max_new_tokens) for prompt in prompts]
     for question, request in zip(questions, requests):
-        check_request(request, model.vocab, model.length_limit, question.where)
+        model.check(request, question.where)
     start = time.perf_counter()
-    results = model.run(requests, on_token, cfg.generate.batch)
-    for text in texts:
-        show(text.flush())
+    results = model.run(requests, on_token, cfg.generate.batch, on_result)
     new, seconds = sum(len(r.ids) for r in results), time.perf_counter() - start
     cut = sum(r.reason == "length" for r in results)
     note = f"; {cut} cut at generate.max_new_tokens={cfg.generate.max_new_tokens}" if cut else ""
-    if stream and not texts[0].text.endswith("\n"):
-        print(flush=True)
     say(
         f"{sum(map(len, prompts))} prompt tokens, {new} new ones in {seconds:.1f} s ({new / seconds:.1f} tokens/s){note}"
     )
-    return [text.text for text in texts]
 
 
-def encode_question(cfg: Config, model: Model, question: Question) -> list[int]:
+def encode_question(cfg: Config, model: Model | EngineModel, question: Question) -> list[int]:
     """Token ids of a question: its text alone (``generate.raw``), or rendered by the template, waiting for an answer."""
     if cfg.generate.raw:
         if question.messages is not None:

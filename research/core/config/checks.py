@@ -35,6 +35,7 @@ CHOICES = {
     "reshard.vocab": ("auto", "pad", "replicate", "whole", "refuse"),
     "verify.a_concat": (None, "none", "stacked", "grouped", "probe"),
     "verify.b_concat": (None, "none", "stacked", "grouped", "probe"),
+    "engine.mode": ("auto", "paged", "flash", "vllm"),
     "hub.source": ("huggingface", "modelscope"),
 }
 

@@ -123,8 +123,8 @@ class GenerateConfig:
     raw: bool = False  # continue the plain text, no template
     system: str | None = None
     dtype: str = "auto"
-    batch: int = 8
-    compile: bool = False
+    batch: int | None = None  # prompts that run at a time; None: 8, in the paged engine engine.max_batch
+    compile: bool = False  # steps through torch.compile (contiguous cache)
 
 
 @dataclass
@@ -254,6 +254,7 @@ class HubConfig:
 class EngineConfig:
     """The paged inference engine (docs/engine.md)."""
 
+    mode: str = "auto"  # paged | flash (contiguous cache, one batch after another) | vllm (where installed); auto: paged on torch
     block_size: int = 16  # tokens of one block of the key/value cache
     num_blocks: int | None = None  # blocks of the cache; None: what memory_fraction of the free memory holds
     memory_fraction: float | None = None  # None: 0.5 of the host's free memory, 0.9 of a card's

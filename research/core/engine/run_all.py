@@ -26,9 +26,12 @@ class Answered:
 
 
 def run_all(
-    engine: Engine, requests: Sequence[EngineRequest | EmbedRequest], on_update: OnUpdate | None = None
+    engine: Engine,
+    requests: Sequence[EngineRequest | EmbedRequest],
+    on_update: OnUpdate | None = None,
+    on_end: Callable[[int, Answered], None] = lambda place, answer: None,
 ) -> list[Answered]:
-    """Run all ``requests``, as many at a time as the engine takes; -> their answers in order.
+    """Run all ``requests``, as many at a time as the engine takes; -> their answers in order. ``on_end`` hears of each.
 
     All are submitted first, so that one which can never run is refused before anything is computed. A request that
     ``on_update`` ended has the reason ``stop``. When anything is raised, the rest
@@ -47,6 +50,8 @@ def run_all(
                     if told and update.finish is None:
                         answers[place].reason = "stop"
                         engine.cancel(update.request)
+                    if answers[place].reason is not None:
+                        on_end(place, answers[place])
     finally:
         for number, place in numbers.items():
             if answers[place].reason is None:

@@ -38,9 +38,12 @@ def as_requests(
     return [Request(p, s, max_new_tokens) for p, s in zip(prompts, sampling, strict=True)]
 
 
-def check_request(request: Request, vocab: int, limit: int, name: str) -> None:
+MODELS = "the model's"
+
+
+def check_request(request: Request, vocab: int, limit: int, name: str, whose: str = MODELS) -> None:
     """Raise :class:`UserError` when a model of ``vocab`` ids and ``limit`` positions cannot run ``request``; ``name``
-    says which one it is."""
+    says which one it is, ``whose`` the limit is."""
     if not request.prompt:
         raise UserError("is empty: a model continues at least one token", where=name, hint="give it some text")
     if request.max_new_tokens < 0:
@@ -54,14 +57,14 @@ def check_request(request: Request, vocab: int, limit: int, name: str) -> None:
             where=name,
             hint="use the tokenizer that belongs to these weights",
         )
-    check_room(len(request.prompt), request.max_new_tokens, limit, name)
+    check_room(len(request.prompt), request.max_new_tokens, limit, name, whose)
 
 
-def check_room(prompt_tokens: int, new_tokens: int, limit: int, name: str) -> None:
+def check_room(prompt_tokens: int, new_tokens: int, limit: int, name: str, whose: str = MODELS) -> None:
     """Raise :class:`UserError` when prompt and new tokens together are more than ``limit``."""
     if prompt_tokens + new_tokens > limit:
         room = limit - prompt_tokens
         hint = f"at most {room} new tokens (generate.max_new_tokens={room})" if room > 0 else "a shorter prompt"
         raise UserError(
-            f"{prompt_tokens} tokens and {new_tokens} new ones are more than the model's {limit}", where=name, hint=hint
+            f"{prompt_tokens} tokens and {new_tokens} new ones are more than {whose} {limit}", where=name, hint=hint
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from research.core.errors import UserError
 from research.core.generation.loop import Cache, Runner, continue_from
-from research.core.generation.requests import Request, check_room
+from research.core.generation.requests import OnToken, Request, Result, check_room
 from research.core.generation.sampling import Sampling
 from research.core.generation.stream import TextStream
 from research.core.text.template import ChatTemplate
@@ -76,6 +76,10 @@ class ChatSession:
         """The conversation as messages, the system prompt first when one was set."""
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
 
+    def close(self) -> None:
+        """Give the cache's memory back."""
+        self._cache = None
+
     def clear(self) -> None:
         """Forget the conversation; the system prompt and the cache's memory stay."""
         self.messages, self._first, self._turn = [], 0, 0
@@ -107,17 +111,22 @@ class ChatSession:
             on_text(stream.push(token))
             return stream.stopped or len(stopped) > 0
 
-        cache, reused, logits = self._prefill(prompt)
         # Another stream of random numbers for each turn, the same one when the conversation is repeated.
         sampling = replace(self.sampling, seed=self.sampling.seed + self._turn)
-        request = Request(prompt, sampling, self.max_new_tokens)
-        result = continue_from(self.runner, cache, logits, [request], self.eos_ids, on_token)[0]
+        result, reused = self._generate(Request(prompt, sampling, self.max_new_tokens), on_token)
         on_text(stream.flush())
-        self._cached = (prompt + result.ids)[: cache.used]
         self._turn += 1
         self.messages.append({"role": "assistant", "content": stream.text})
         reason = "interrupted" if result.reason == "stop" and not stream.stopped else result.reason
         return Reply(stream.text, reason, len(prompt), len(result.ids), reused)
+
+    def _generate(self, request: Request, on_token: OnToken) -> tuple[Result, int]:
+        """-> (the answer, how many tokens of the prompt were not computed anew)."""
+        prompt = list(request.prompt)
+        cache, reused, logits = self._prefill(prompt)
+        result = continue_from(self.runner, cache, logits, [request], self.eos_ids, on_token)[0]
+        self._cached = (prompt + result.ids)[: cache.used]
+        return result, reused
 
     def _fit(self, on_trim: Callable[[int, int], None] | None) -> list[int]:
         limit = self.limit

@@ -343,7 +343,7 @@ def _model(config: Config, spec: DecoderSpec, of: Release) -> dict[str, Any]:
 
 def _predict_length(config: Config, spec: DecoderSpec) -> int:
     """Prompt and answer together: what the blocks hold, at most what the model is made for."""
-    held = config.mindir.block_size * config.mindir.num_blocks // config.generate.batch
+    held = config.mindir.block_size * config.mindir.num_blocks // (config.generate.batch or 8)
     return min(held, spec.usable_length, max(config.mindir.seq_length or 8192, config.generate.max_new_tokens))
 
 
