@@ -63,10 +63,18 @@ class PagedBatch:
     block_size: int
     longest_query: int
     longest_context: int
+    ends: list[int]  # each row's last token among the step's
 
     @property
     def decode(self) -> bool:
         return self.longest_query == 1
+
+    def last_tokens(self, rows: list[int]) -> list[int]:
+        """The numbers of the rows' last tokens among the step's."""
+        if self.decode:
+            return rows
+        ends = self.ends
+        return [ends[row] for row in rows]
 
     @classmethod
     def of(cls, plan: StepPlan, block_size: int, device: torch.device | str = "cpu") -> PagedBatch:
@@ -100,4 +108,5 @@ class PagedBatch:
             block_size,
             int(queries.max()),
             int(contexts.max()),
+            (starts[1:] - 1).tolist(),
         )

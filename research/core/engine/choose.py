@@ -8,19 +8,23 @@ import torch
 from torch import Tensor
 
 from research.core.engine.api import TokenLogprob
+from research.core.engine.constraint import Match
 from research.core.generation.sampling import Sampling
 from research.core.torch.sampler import candidates, discourage, draw, penalize
 
 
 class RowSampler:
-    """How one answer chooses: its settings, its own stream of random numbers, the tokens it has seen.
+    """How one answer chooses: its settings, its own stream of random numbers, the tokens it has seen, what it must match.
 
     Draws exactly one number per token, so the answer does not depend on what else is in the batch, and is that of
     :class:`research.core.torch.sampler.Sampler`.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab: int, choice: int = 0):
-        self.sampling, self.plain_greedy = sampling, sampling.plain_greedy
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int], vocab: int, choice: int = 0, match: Match | None = None
+    ):
+        self.sampling, self.match = sampling, match
+        self.plain_greedy = sampling.plain_greedy and match is None
         self._generator = None if sampling.greedy else torch.Generator().manual_seed(sampling.seed + choice)
         self._seen = self._counts = None
         if sampling.repetition_penalty != 1:
@@ -35,6 +39,9 @@ class RowSampler:
             scores_V = penalize(scores_V, self._seen.to(scores_V.device), sampling.repetition_penalty)
         if self._counts is not None:
             scores_V = discourage(scores_V, self._counts.to(scores_V.device), sampling)
+        if self.match is not None:
+            allowed_V = torch.from_numpy(self.match.allowed()).to(scores_V.device)
+            scores_V = torch.where(allowed_V, scores_V, float("-inf"))
         if sampling.greedy:
             token = int(scores_V.argmax())
         else:
@@ -44,6 +51,8 @@ class RowSampler:
         return token
 
     def saw(self, token: int) -> None:
+        if self.match is not None:
+            self.match.take(token)
         if self._seen is not None:
             self._seen[token] = True
         if self._counts is not None:
@@ -63,6 +72,11 @@ def best_tokens(logits_SV: Tensor) -> list[int]:
     # On the CPU by numpy, in this thread: waking torch's threads costs the next step's more than it saves.
     on_cpu = logits_SV.device.type == "cpu"
     return (logits_SV.numpy().argmax(-1) if on_cpu else logits_SV.argmax(-1)).tolist()
+
+
+def numbers(logits_V: Tensor) -> bool:
+    """Whether a row of logits (or its best token, -1 if there is none) can be used."""
+    return int(logits_V) >= 0 if logits_V.ndim == 0 else bool(torch.isfinite(logits_V).all())
 
 
 def logprob(logits_V: Tensor, token: int, count: int) -> TokenLogprob:

@@ -15,7 +15,8 @@ from research.core.config.schema import EngineConfig
 from research.core.engine.answer import Answer
 from research.core.engine.api import EmbedRequest, EngineRequest, FinishReason, Stats, Update
 from research.core.engine.blocks import BlockPool
-from research.core.engine.choose import RowSampler, choose, logprob
+from research.core.engine.choose import RowSampler, choose, logprob, numbers
+from research.core.engine.constraint import Grammars
 from research.core.engine.memory import count_blocks
 from research.core.engine.runner import ModelRunner
 from research.core.engine.scheduler import Scheduler, Step
@@ -78,6 +79,7 @@ class PagedEngine:
             dynamic_ntk=self.spec.dynamic_ntk,
             causal=self.spec.causal,
         )
+        self._grammars = Grammars(tokenizer, self.spec.vocab, self.eos_ids)
         self._requests: dict[int, list[Answer]] = {}  # answers that have not ended
         self._adapter_of: dict[int, Any] = {}
         self._ready: list[Update] = []  # updates that need no step
@@ -137,8 +139,6 @@ class PagedEngine:
             )
         if request.logprobs is not None and request.logprobs < 0:
             raise UserError(f"logprobs={request.logprobs}", where="the request", hint="0 or more")
-        if request.constraint is not None:
-            raise UserError("constrained answers are not possible yet", where="the request")
 
     def _find_adapter(self, name: str | None) -> Any:
         if self._loaded is not None:
@@ -156,7 +156,8 @@ class PagedEngine:
         state = AnswerState()
         state.new, state.logprobs = request.max_new_tokens, request.logprobs
         state.ends = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self.eos_ids)
-        state.sampler = RowSampler(request.sampling, request.prompt, self.spec.vocab, choice)
+        match = None if request.constraint is None else self._grammars.start(request.constraint)
+        state.sampler = RowSampler(request.sampling, request.prompt, self.spec.vocab, choice, match)
         state.text = TextStream(self.tokenizer, hidden=state.ends, stop=request.stop)
         return state
 
@@ -182,18 +183,33 @@ class PagedEngine:
         if step is None:
             return updates
         self._steps += 1
-        samplers = [answer.state.sampler for answer, _ in step.sampled]
         step.plan.greedy = all(
             answer.state.sampler.plain_greedy and answer.state.logprobs is None for answer, _ in step.sampled
         )
-        output = self.runner.execute(step.plan)
-        if step.sampled:
-            chosen = choose(output.logits, samplers, [row for _, row in step.sampled])
-            for (answer, row), token in zip(step.sampled, chosen):
-                updates.append(self._take(answer, token, output.logits[row]))
-        if step.embedded:
-            updates += self._embedded(step, output.hidden)
+        try:
+            output = self.runner.execute(step.plan)
+            if step.sampled:
+                self._drop_infinite(step, output.logits, updates)
+                chosen = choose(output.logits, [a.state.sampler for a, _ in step.sampled], [r for _, r in step.sampled])
+                for (answer, row), token in zip(step.sampled, chosen):
+                    updates.append(self._take(answer, token, output.logits[row]))
+            if step.embedded:
+                updates += self._embedded(step, output.hidden)
+        except BaseException:
+            # Nobody knows what was computed: what runs begins again, should the caller go on.
+            self.scheduler.start_over()
+            self._ready = updates + self._ready
+            raise
         return updates
+
+    def _drop_infinite(self, step: Step, logits_SV: torch.Tensor, updates: list[Update]) -> None:
+        """End the answers whose first logits are no numbers, as damaged weights give."""
+        for answer, row in list(step.sampled):
+            if not answer.state.told and not numbers(logits_SV[row]):
+                step.sampled.remove((answer, row))
+                what = "the model's logits are not finite: check the weights, or choose generate.dtype=fp32"
+                updates.append(replace(self._last_update(answer, "error"), error=what))
+                self._end(answer)
 
     def _take(self, answer: Answer, token: int, logits_V: torch.Tensor) -> Update:
         """One more token of ``answer``: its text, and whether it ends here."""
@@ -205,7 +221,7 @@ class PagedEngine:
         finish: FinishReason | None = None
         if token in state.ends:
             finish = "eos" if token in self.eos_ids else "stop"
-        elif state.text.stopped:
+        elif state.text.stopped or (state.sampler.match is not None and state.sampler.match.complete):
             finish = "stop"
         elif state.new == 0:
             finish = "length"

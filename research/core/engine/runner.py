@@ -13,6 +13,7 @@ from research.core.config.schema import EngineConfig
 from research.core.engine.attention import paged_attention, resolve_backend
 from research.core.engine.batch import PagedBatch, StepPlan
 from research.core.engine.cache import PagedCache
+from research.core.engine.native_step import NativePagedStep
 from research.core.torch.decoder import Decoder
 from research.core.torch.layout import Layout
 
@@ -45,6 +46,9 @@ class ModelRunner:
         self.block_size, self.num_blocks = settings.block_size, num_blocks
         self.scale = decoder.spec.head_dim**-0.5
         self.cache = PagedCache(decoder.spec, num_blocks, self.block_size, self.dtype, self.device, kv_heads)
+        native = settings.native_step and self.backend == "native" and kv_heads in (None, decoder.spec.kv_heads)
+        native = native and NativePagedStep.fits(decoder)
+        self._native_step = NativePagedStep(decoder, self.cache.k, self.cache.v) if native else None
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
@@ -55,6 +59,8 @@ class ModelRunner:
         if plan.copies:
             self.cache.copy(plan.copies)
         batch = PagedBatch.of(plan, self.block_size, self.device)
+        if self._native_step is not None and not (plan.adapters and any(plan.adapters)):
+            return self._run_native(plan, batch)
         hidden_NH = self._forward(plan, batch)
         ends = batch.query_starts[1:] - 1
         output = StepOutput()
@@ -68,14 +74,36 @@ class ModelRunner:
     def _forward(self, plan: StepPlan, batch: PagedBatch) -> Tensor:
         """-> hidden states [N, H] after the final norm."""
         ids_1N = torch.tensor(plan.tokens, dtype=torch.long)[None].to(self.device)
+        self.cache.batch = batch
+        return self.decoder.hidden(ids_1N, self._layout(plan, batch), self.cache)[0]
+
+    def _run_native(self, plan: StepPlan, batch: PagedBatch) -> StepOutput:
+        """The whole step as one call, which computes nothing behind the last layer but what is wanted."""
+        step, output = self._native_step, StepOutput()
+        rope = None
+        if step.needs_rope:
+            rope = self.decoder.rope(self._layout(plan, batch), self.dtype, self.cache)
+        if plan.embedded:
+            # The kernel gives logits or hidden states: where both are wanted, the head is applied here.
+            rows = plan.sampled + plan.embedded
+            hidden = step.hidden(plan.tokens, batch, batch.last_tokens(rows), rope)
+            output.hidden = hidden[len(plan.sampled) :]
+            if plan.sampled:
+                output.logits = self.decoder.logits(hidden[: len(plan.sampled)].to(self.dtype)).float()
+        elif plan.greedy:
+            output.logits = step.best(plan.tokens, batch, batch.last_tokens(plan.sampled), rope)
+        else:
+            output.logits = step(plan.tokens, batch, batch.last_tokens(plan.sampled), rope)
+        return output
+
+    def _layout(self, plan: StepPlan, batch: PagedBatch) -> Layout:
         lengths: Tensor | int = 1
         if plan.prompt_lengths is not None:
             lengths = torch.tensor(plan.prompt_lengths).repeat_interleave(torch.tensor(plan.queries))[None]
             lengths = lengths.to(self.device)
         layout = Layout(1, len(plan.tokens), batch.positions[None], lengths, against_cache=True)
         layout.paged = partial(self._attend, batch)
-        self.cache.batch = batch
-        return self.decoder.hidden(ids_1N, layout, self.cache)[0]
+        return layout
 
     def _attend(self, batch: PagedBatch, q_1NHD: Tensor, k_PKbD: Tensor, v_PKbD: Tensor, window: int | None) -> Tensor:
         return paged_attention(q_1NHD[0], k_PKbD, v_PKbD, batch, self.scale, window, self.backend)[None]

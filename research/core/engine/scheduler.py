@@ -55,6 +55,13 @@ class Scheduler:
         else:
             self._gone.add(answer.key)
 
+    def start_over(self) -> None:
+        """A step has failed: nothing that was computed can be trusted, and what runs waits for its turn again."""
+        for answer in list(self.running):
+            self.preempt(answer)
+        self.pool.forget()
+        self._stuck = None
+
     def plan(self) -> Step | None:
         """The next step, with all blocks taken; None when there is nothing to do."""
         if not self.causal:

@@ -11,7 +11,7 @@ from pathlib import Path
 from research.core.errors import DataError
 from research.core.text.save import write_text
 from research.core.text.tokenizer import Stream, Tokenizer
-from research.core.text.vocabulary import CONFIG_FILE, TOKENIZER_FILE, Added
+from research.core.text.vocabulary import CONFIG_FILE, TOKENIZER_FILE, Added, token_bytes
 
 
 class LibraryTokenizer(Tokenizer):
@@ -27,6 +27,7 @@ class LibraryTokenizer(Tokenizer):
         self._data = data | {"truncation": None, "padding": None, "post_processor": None}
         self._set_specials(added, source)
         self._instances: dict[frozenset[str], object] = {}
+        self._token_bytes: dict[int, bytes] | None = None
         full = self._instance(frozenset(added))
         self.vocab_size = max([*full.get_vocab(with_added_tokens=True).values()]) + 1
         self.fingerprint = hashlib.sha256(json.dumps(self._data, sort_keys=True).encode()).hexdigest()
@@ -51,7 +52,7 @@ class LibraryTokenizer(Tokenizer):
         return self._instances[allowed]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_instances": {}, "_patterns": {}}
+        return self.__dict__ | {"_instances": {}, "_patterns": {}, "_token_bytes": None}
 
     def _encode_plain(self, texts: Iterable[str]) -> list[list[int]]:
         return self._encode_with(list(texts), frozenset())
@@ -64,6 +65,16 @@ class LibraryTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         full = self._instance(frozenset(self.special_tokens))
         return full.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if self._token_bytes is None:
+            named = self._instance(frozenset(self.special_tokens)).get_vocab(with_added_tokens=True)
+            byte_level = '"ByteLevel"' in json.dumps(self._data.get("decoder"))
+            self._token_bytes = {
+                index: text.encode() if text in self.special_tokens else _spelled(text, byte_level)
+                for text, index in named.items()
+            }
+        return self._token_bytes.get(token_id, b"")
 
     def prefix_tokens(self, ids: Sequence[int], text: str, chars: int) -> int:
         row = self._instance(frozenset()).encode(_whole(text), add_special_tokens=False)
@@ -108,6 +119,15 @@ class LibraryStream(Stream):
         new = self._decode(self._ids)[len(self._done) :]
         self._ids, self._done = [], ""
         return new
+
+
+def _spelled(text: str, byte_level: bool) -> bytes:
+    """Bytes of a vocabulary entry: of the byte-level alphabet, or of SentencePiece's spelling."""
+    if byte_level:
+        return token_bytes(text)
+    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        return bytes([int(text[3:5], 16)])
+    return text.replace("\u2581", " ").encode()
 
 
 def _whole(text: str) -> str:
