@@ -11,12 +11,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready$(if $(filter mindspore,$(BACKEND)),-mindspore)
 
 # What a user sets: make finetune MODEL=qwen1_5_7b CARDS=8 ARGS="train.lr=1e-5 data.seq_length=4096"
-export MODEL CARDS NODES NODE_RANK MASTER_ADDR MASTER_PORT BACKEND DEVICE WEIGHTS ADAPTER TOKENIZER DATA RUN OUTPUT A B LOGITS
+export MODEL CARDS NODES NODE_RANK MASTER_ADDR MASTER_PORT BACKEND DEVICE WEIGHTS ADAPTER TOKENIZER DATA RUN OUTPUT A B LOGITS PORT
 # To the letter: a prompt may hold dollar signs that make would expand.
 export QWEN_PROMPT := $(value PROMPT)
 export PY := $(BIN)/python
 
-TASKS := data pretrain finetune lora predict chat export lite merge weights convert split merge-shards reshard verify
+TASKS := data pretrain finetune lora predict chat serve export lite merge weights convert split merge-shards reshard verify
 
 .PHONY: help setup $(TASKS) ranktable test test-fast bench lint format clean
 
@@ -24,7 +24,7 @@ help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  Variables: MODEL CARDS NODES NODE_RANK MASTER_ADDR MASTER_PORT BACKEND DEVICE WEIGHTS ADAPTER TOKENIZER'
-	@echo '             DATA RUN OUTPUT PROMPT A B LOGITS, and ARGS="setting=value ..." for everything else'
+	@echo '             DATA RUN OUTPUT PROMPT PORT A B LOGITS, and ARGS="setting=value ..." for everything else'
 	@echo '  Settings:  research/core/config/schema.py'
 
 setup: $(READY) ## create .venv with the pinned requirements (every target does it by itself)
@@ -46,6 +46,9 @@ predict: $(READY) ## answer one prompt: make predict PROMPT='What is 47 plus 8?'
 
 chat: $(READY) ## talk to a model, on the terminal or over a pipe
 	@scripts/task.sh chat $(ARGS)
+
+serve: $(READY) ## answer over HTTP as OpenAI's and TGI's servers do, with a chat page: make serve WEIGHTS=folder PORT=8000
+	@scripts/task.sh serve $(ARGS)
 
 export: $(READY) ## a run's newest checkpoint as a Hugging Face folder, or BACKEND=mindspore as MINDIR graphs: make export RUN=runs/... OUTPUT=folder
 	@scripts/task.sh export $(ARGS)

@@ -28,6 +28,7 @@ if [ "$task" = verify ]; then
   add verify.b "${B:-}"
   [ "${LOGITS:-0}" = 0 ] || add verify.logits true
 fi
+[ "$task" != serve ] || add serve.port "${PORT:-}"
 add backend "${BACKEND:-}"
 add device "${DEVICE:-}"
 add parallel.cards "${CARDS:-}"

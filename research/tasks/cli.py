@@ -15,9 +15,9 @@ from research.core.errors import ConfigError, run_cli
 from research.core.launch.environment import is_scheduler
 
 # Tasks that go on from a run folder take its model unless another is named.
-_FROM_RUN = ("predict", "chat", "export", "merge")
+_FROM_RUN = ("predict", "chat", "serve", "export", "merge")
 # Tasks that have no MindSpore half (yet).
-_TORCH_ONLY = ("merge",)
+_TORCH_ONLY = ("merge", "serve")
 
 
 def main(argv: Sequence[str] | None = None, family: str | None = None) -> int:

@@ -35,7 +35,7 @@ def resolve_weights(cfg: Config) -> Path | None:
     """
     if cfg.weights:
         return _given(cfg, cfg.weights)
-    if cfg.task.name in ("predict", "chat", "export", "merge") and cfg.run:
+    if cfg.task.name in ("predict", "chat", "serve", "export", "merge") and cfg.run:
         return _given(cfg, cfg.run)
     scratch = cfg.train.from_scratch
     if cfg.task.name in ("pretrain", "finetune") and (

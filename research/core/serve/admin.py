@@ -35,8 +35,7 @@ def _model(service: Service, name: str) -> dict:
 async def models(request: Request) -> Response:
     """The model and the adapters that can be named in requests."""
     service: Service = request.app.state.service
-    names = (service.served.name, *service.driver.adapters)
-    return JSONResponse({"object": "list", "data": [_model(service, name) for name in names]})
+    return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.names]})
 
 
 @router.get("/v1/models/{name:path}", tags=["openai"])

@@ -18,7 +18,7 @@ from research.core.serve.errors import bad
 from research.core.serve.events import DONE, EventStream, event
 from research.core.serve.fields import choices_of, constraint_of, sampling_of, stop_of
 from research.core.serve.logprobs import chat_logprobs
-from research.core.serve.schema import ChatMessage, ChatRequest, Tool, ToolChoice
+from research.core.serve.schema import ChatMessage, ChatRequest, StreamOptions, Tool, ToolChoice
 from research.core.serve.service import Service, Work
 from research.core.serve.tools import CLOSE, OPEN, Call, CallParser, forced_call
 
@@ -60,8 +60,8 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         "model": body.model or service.served.name,
     }
     if body.stream:
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(work, _chunks(service, work, turn, head, engine_request.n, bool(body.logprobs), usage))
+        options = body.stream_options or StreamOptions()
+        return EventStream(work, _chunks(service, work, turn, head, engine_request.n, bool(body.logprobs), options))
     answers = [Answer(turn) for _ in range(engine_request.n)]
     for _, update, _ in await work.all(request):
         answers[update.choice].take(update)
@@ -193,14 +193,14 @@ class Answer:
 
 
 async def _chunks(
-    service: Service, work: Work, turn: Turn, head: dict[str, Any], n: int, logprobs: bool, usage: bool
+    service: Service, work: Work, turn: Turn, head: dict[str, Any], n: int, logprobs: bool, options: StreamOptions
 ) -> AsyncGenerator[bytes, None]:
     head = {**head, "object": "chat.completion.chunk"}
-    last = {"usage": None} if usage else {}
 
     def chunk(index: int, delta: dict[str, Any], finish: str | None = None, probs: Any = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": probs, "finish_reason": finish}
-        return event({**head, "choices": [choice], **last})
+        usage = {"usage": work.usage() if options.continuous_usage_stats else None} if options.include_usage else {}
+        return event({**head, "choices": [choice], **usage})
 
     answers = [Answer(turn) for _ in range(n)]
     for index in range(n):
@@ -230,6 +230,6 @@ async def _chunks(
             yield b"".join(out)
     if service.settings.log_prompts:
         work.entry.note(answers=["".join(answer.text) for answer in answers])
-    if usage:
+    if options.include_usage:
         yield event({**head, "choices": [], "usage": work.usage()})
     yield DONE

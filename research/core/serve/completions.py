@@ -16,7 +16,7 @@ from research.core.serve.errors import bad
 from research.core.serve.events import DONE, EventStream, event
 from research.core.serve.fields import choices_of, constraint_of, sampling_of, stop_of
 from research.core.serve.logprobs import CompletionLogprobs
-from research.core.serve.schema import CompletionRequest
+from research.core.serve.schema import CompletionRequest, StreamOptions
 from research.core.serve.service import Service, Work
 
 router = APIRouter()
@@ -83,8 +83,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     if service.settings.log_prompts:
         work.entry.note(prompts_text=[prompt.text for prompt in prompts])
     if body.stream:
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(work, _chunks(work, answers, head, n, usage))
+        return EventStream(work, _chunks(work, answers, head, n, body.stream_options or StreamOptions()))
     for index, update, _ in await work.all(request):
         answers[index * n + update.choice].take(update)
     choices = [answer.choice(index) for index, answer in enumerate(answers)]
@@ -150,13 +149,12 @@ class Answer:
 
 
 async def _chunks(
-    work: Work, answers: list[Answer], head: dict[str, Any], n: int, usage: bool
+    work: Work, answers: list[Answer], head: dict[str, Any], n: int, options: StreamOptions
 ) -> AsyncGenerator[bytes, None]:
-    last = {"usage": None} if usage else {}
-
     def chunk(index: int, text: str, logprobs: Any = None, finish: str | None = None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-        return event({**head, "choices": [choice], **last})
+        usage = {"usage": work.usage() if options.continuous_usage_stats else None} if options.include_usage else {}
+        return event({**head, "choices": [choice], **usage})
 
     for index, answer in enumerate(answers):
         if answer.echo:
@@ -172,6 +170,6 @@ async def _chunks(
                 out.append(chunk(index, update.text, logprobs, finish))
         if out:
             yield b"".join(out)
-    if usage:
+    if options.include_usage:
         yield event({**head, "choices": [], "usage": work.usage()})
     yield DONE

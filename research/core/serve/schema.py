@@ -79,6 +79,7 @@ def _broken(text: str) -> bool:
 
 class StreamOptions(Fields):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: the usage so far in every chunk
 
 
 class JsonSchema(Fields):

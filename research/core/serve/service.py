@@ -17,6 +17,7 @@ from fastapi import Request
 from research.core.config.names import did_you_mean
 from research.core.config.schema import ServeConfig
 from research.core.engine.api import EmbedRequest, Engine, EngineRequest, Update
+from research.core.errors import UserError
 from research.core.generation.sampling import Sampling
 from research.core.serve.driver import Arrived, Driver, Inbox
 from research.core.serve.errors import ApiError, ClientGone, bad, engine_trouble
@@ -41,6 +42,7 @@ class Served:
     template: ChatTemplate
     sampling: Sampling
     settings: ServeConfig
+    adapter: str | None = None  # used by requests that name no model
     embedding: bool = False
     system: str | None = None
     api_keys: tuple[str, ...] = ()
@@ -79,18 +81,26 @@ class Service:
     # --- names ----------------------------------------------------------------------------------------------------
 
     def adapter_of(self, model: str | None) -> str | None:
-        """The adapter that the field ``model`` names, None for the model itself. 404 for any other name."""
-        if model is None or model == self.served.name:
+        """The adapter that the field ``model`` names, None for the model itself. Without a name: the one that the server
+        was started with. 404 for any other name."""
+        if model is None:
+            return self.served.adapter if self.served.adapter in self.driver.adapters else None
+        if model == self.served.name:
             return None
         if model in self.driver.adapters:
             return model
-        known = (self.served.name, *self.driver.adapters)
         raise ApiError(
             404,
-            f"model: there is no model or adapter {model[:200]!r} here; {did_you_mean(model[:200], known)}",
+            f"model: there is no model or adapter {model[:200]!r} here; {did_you_mean(model[:200], self.names)}",
             param="model",
             code="model_not_found",
         )
+
+    @property
+    def names(self) -> list[str]:
+        """What ``model`` may be, the one that is meant without a name first."""
+        first = self.adapter_of(None) or self.served.name
+        return sorted((self.served.name, *self.driver.adapters), key=lambda name: name != first)
 
     async def load_adapter(self, name: str, path: str) -> None:
         """Load an adapter from inside ``serve.adapter_folder``."""
@@ -170,6 +180,9 @@ class Service:
         try:
             for one in requests:
                 await work.inbox.submit(one)
+        except UserError:
+            work.close("refused")
+            raise
         except BaseException:
             work.close()
             raise
@@ -273,23 +286,23 @@ class Work:
             if update.choice == 0:
                 self.cached_tokens += update.cached_tokens
 
-    def close(self) -> None:
-        """Cancel what still runs and note what came; more calls do nothing."""
+    def close(self, finish: str = "cancelled") -> None:
+        """Cancel what still runs and note what came, ``finish`` where nothing did; more calls do nothing."""
         if self._closed:
             return
         self._closed = True
         self.inbox.close()
         service, metrics = self.service, self.service.metrics
         service.gave_back(self.count)
-        for finish in self._finishes or ["cancelled"]:
-            metrics.finished.labels(finish).inc()
+        for one in self._finishes or [finish]:
+            metrics.finished.labels(one).inc()
         for _, tokens in self._last.values():
             metrics.answer_tokens.observe(tokens)
         self.entry.note(
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens or None,
             new_tokens=self.new_tokens,
-            finish=",".join(dict.fromkeys(self._finishes)) or "cancelled",
+            finish=",".join(dict.fromkeys(self._finishes)) or finish,
         )
 
     def usage(self) -> dict[str, object]:

@@ -250,7 +250,7 @@ def test_a_port_in_use_is_said_with_the_setting_to_change():
     with pytest.raises(UserError, match=f"(?s)serve.port={port}.*in use.*PORT={port + 1}"):
         bind("127.0.0.1", port)
     taken.close()
-    with pytest.raises(UserError, match="serve.host"):
+    with pytest.raises(UserError, match=r"serve\.host"):
         bind("no.such.host.invalid", 0)
 
 
@@ -270,11 +270,15 @@ sys.exit(status)
 
 @pytest.mark.parametrize("drain_s", [20, 0.1])
 def test_sigterm_ends_what_runs_takes_nothing_new_and_exits_0(repo, drain_s):
-    program = subprocess.Popen([sys.executable, "-c", PROGRAM, str(drain_s)], cwd=repo, stdout=subprocess.PIPE, text=True)
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(drain_s)], cwd=repo, stdout=subprocess.PIPE, text=True
+    )
     try:
         address = program.stdout.readline().strip().removeprefix("http://")
         stream = http.client.HTTPConnection(address, timeout=20)
-        stream.request("POST", "/v1/chat/completions", json.dumps({**CHAT, "stream": True}), {"Content-Type": "application/json"})
+        stream.request(
+            "POST", "/v1/chat/completions", json.dumps({**CHAT, "stream": True}), {"Content-Type": "application/json"}
+        )
         answer = stream.getresponse()
         first = answer.read1(10)
         program.send_signal(signal.SIGTERM)

@@ -89,7 +89,10 @@ def test_every_field_reaches_the_engine(server, client):
         ({"response_format": {"type": "json_object"}}, "json_object", None),
     ):
         ask(client, extra_body=field)
-        assert (server.engine.requests[-1].constraint.kind, server.engine.requests[-1].constraint.value) == (kind, value)
+        assert (server.engine.requests[-1].constraint.kind, server.engine.requests[-1].constraint.value) == (
+            kind,
+            value,
+        )
     seeds = []
     for _ in range(2):
         ask(client)
@@ -137,7 +140,11 @@ def test_tool_calls_are_parsed_whole_and_streamed_and_bad_ones_stay_text(server,
     assert "<tools>" not in last_prompt(server)
 
     # The answer of the tool goes back in, beside the calls as the client got them.
-    messages = [{"role": "user", "content": "?"}, answer.message, {"role": "tool", "content": "12 °C", "tool_call_id": "x"}]
+    messages = [
+        {"role": "user", "content": "?"},
+        answer.message,
+        {"role": "tool", "content": "12 °C", "tool_call_id": "x"},
+    ]
     client.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER])
     assert CALL in last_prompt(server) and "<tool_response>\n12 °C\n</tool_response>" in last_prompt(server)
 
