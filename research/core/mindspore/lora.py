@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from research.core import lora as common
 from research.core.config.schema import LoraConfig
+from research.core.mindspore.dropout import Dropout, new_key
 from research.core.mindspore.linear import Linear
 from research.core.mindspore.weights import set_value, to_numpy
 from research.core.weights.cast import cast
@@ -28,16 +29,18 @@ class LoraLinear(nn.Cell):
     """``x W^T + b + scaling * drop(x) A^T B^T`` with W and b frozen. A is [rank, in], B is [out, rank]; stored in
     ``dtype``, cast to the input's."""
 
-    def __init__(self, base: Linear, name: str, rank: int, alpha: float, dropout: float, rslora: bool, dtype=None):
+    def __init__(
+        self, base: Linear, name: str, rank: int, alpha: float, rslora: bool, dtype=None, dropout: Dropout | None = None
+    ):
         super().__init__(auto_prefix=False)  # the parameters have their full names already
         self.in_features, self.out_features, self.has_bias = base.in_features, base.out_features, base.has_bias
-        self.rank, self.alpha, self.rate = rank, alpha, dropout
+        self.rank, self.alpha = rank, alpha
         self.scaling = common.scaling(rank, alpha, rslora)
         self.weight, self.bias = base.weight, base.bias
         dtype = base.weight.dtype if dtype is None else dtype
         self.lora_A = Parameter(Tensor(np.zeros((rank, base.in_features), np.float32), dtype), name=f"{name}.lora_A")
         self.lora_B = Parameter(Tensor(np.zeros((base.out_features, rank), np.float32), dtype), name=f"{name}.lora_B")
-        self.dropout = nn.Dropout(p=dropout) if dropout else None
+        self.dropout = dropout
         self.matmul = ops.MatMul(transpose_b=True)
         self.bias_add = ops.BiasAdd()
 
@@ -50,7 +53,7 @@ class LoraLinear(nn.Cell):
         out = self.matmul(x, self.weight)
         if self.has_bias:
             out = self.bias_add(out, self.bias)
-        dropped = self.dropout(x) if self.rate else x
+        dropped = x if self.dropout is None else self.dropout(x)
         low = self.matmul(dropped, self.lora_A.astype(x.dtype)) * self.scaling
         return out + self.matmul(low, self.lora_B.astype(x.dtype))
 
@@ -85,9 +88,9 @@ def add_lora(decoder: nn.Cell, cfg: LoraConfig, *, seed: int = 0, dtype=None, lo
     names = common.choose_targets(list(found), cfg.target_modules)
     common.check_lora(cfg, names)
     stream = Stream(seed)
-    layers = {}
-    for name in names:
-        layers[name] = _layer(found[name], name, cfg, dtype)
+    layers, key = {}, new_key()
+    for place, name in enumerate(names):
+        layers[name] = _layer(found[name], name, cfg, dtype, key, place)
         layers[name].reset(stream)
     _exchange(decoder, layers)
     trainable = sum(p.size for p in decoder.get_parameters() if p.requires_grad)
@@ -98,10 +101,11 @@ def add_lora(decoder: nn.Cell, cfg: LoraConfig, *, seed: int = 0, dtype=None, lo
     return names
 
 
-def _layer(base: Linear, name: str, cfg: LoraConfig, dtype) -> LoraLinear:
+def _layer(base: Linear, name: str, cfg: LoraConfig, dtype, key: Parameter, place: int) -> LoraLinear:
     rank = common.pattern_value(cfg.rank_pattern, name, cfg.rank)
     alpha = common.pattern_value(cfg.alpha_pattern, name, cfg.alpha)
-    return LoraLinear(base, name, rank, alpha, cfg.dropout, cfg.rslora, dtype)
+    dropout = Dropout(cfg.dropout, key, place) if cfg.dropout else None
+    return LoraLinear(base, name, rank, alpha, cfg.rslora, dtype, dropout)
 
 
 def _exchange(decoder: nn.Cell, layers: dict[str, nn.Cell]) -> None:
@@ -171,10 +175,10 @@ def load_adapter(
     found = linears(decoder)
     shapes = {name: {part: entries[key].shape for part, key in parts.items()} for name, parts in pairs.items()}
     common.check_shapes(shapes, {n: (c.in_features, c.out_features) for n, c in found.items()}, cfg, folder)
-    layers = {}
+    layers, key = {}, new_key()
     with Files() as files:
-        for name, parts in pairs.items():
-            layers[name] = _layer(found[name], name, cfg, dtype)
+        for place, (name, parts) in enumerate(pairs.items()):
+            layers[name] = _layer(found[name], name, cfg, dtype, key, place)
             for part, key in parts.items():
                 bits = read_tensor(files, entries[key])
                 value = np.empty(bits.shape, np.float32)

@@ -1,5 +1,5 @@
 """This repository's CPU kernels as MindSpore operators with gradients: RMSNorm, SwiGLU, rotary, attention over documents,
-cross-entropy. float32 only, as everything that MindSpore computes on the CPU.
+cross-entropy, dropout. float32 only, as everything that MindSpore computes on the CPU.
 
 MindSpore's CPU package has no fused operators, and composites pass over memory five to ten times where these pass once.
 The library is loaded by file and symbol; each operator is made once per process. Shape letters as in
@@ -94,6 +94,17 @@ def cross_entropy():
     """(logits [C, V], targets int32 [C], negative where none) -> (losses [C], softmax - one_hot [C, V]). No gradient of
     its own: the second output is it."""
     return _operator("custom_cross_entropy", lambda x, t: (x[:1], x), lambda x, t: (x, x))
+
+
+@functools.cache
+def dropout():
+    """(x, key int32 [4], keep [1]) -> x / keep, or 0 with probability 1 - keep; ``key`` alone decides which."""
+    back = _operator("custom_dropout", lambda g, k, p: g, lambda g, k, p: g)
+
+    def bprop(x, key, keep, out, dout):
+        return back(dout, key, keep), ops.zeros_like(key), ops.zeros_like(keep)
+
+    return _operator("custom_dropout", lambda x, k, p: x, lambda x, k, p: x, bprop)
 
 
 def epsilon(value: float) -> Tensor:

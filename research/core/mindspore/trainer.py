@@ -18,6 +18,7 @@ from research.core.config.schema import Config
 from research.core.data.dataset import Batch, PackedDataset
 from research.core.mindspore.checkpoint import NumpyTables, random_state, restore_random_state
 from research.core.mindspore.decoder import Decoder
+from research.core.mindspore.dropout import KEY, set_key
 from research.core.mindspore.feed import Feed
 from research.core.mindspore.lora import has_lora
 from research.core.mindspore.loss import Objective
@@ -102,8 +103,11 @@ class Trainer(Loop):
         per_forward = 1.0 / (self.train.accumulation * self.world.size)
         scale = Tensor(per_target * self.loss_scale.value, ms.float32)
         router_scale = Tensor(self.router_aux * per_forward * self.loss_scale.value, ms.float32)
-        found = [self.forward_backward(*given, scale, router_scale) for given in inputs]
-        totals = [(float(total.asnumpy()), float(balance.asnumpy())) for total, balance in found]
+        totals = []
+        for number, given in enumerate(inputs):
+            set_key(self.decoder, self.train.seed, self.at.step, number * self.world.size + self.world.rank)
+            total, balance = self.forward_backward(*given, scale, router_scale)
+            totals.append((float(total.asnumpy()), float(balance.asnumpy())))
         return sum(t for t, _ in totals) * per_target, sum(b for _, b in totals) * per_forward
 
     def apply(self, rate: float) -> None:
@@ -143,6 +147,6 @@ class Trainer(Loop):
 
 def _frozen_samples(decoder: Decoder):
     for parameter in decoder.get_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.name != KEY:
             flat = to_numpy(parameter).reshape(-1)
             yield parameter.name, tuple(parameter.shape), flat[:: sample_step(flat.size)]

@@ -147,3 +147,24 @@ OPERATOR(custom_cross_entropy) {
     }
     return 0;
 }
+
+// x, key int32 [4], keep [1] -> x / keep, or 0 with probability 1 - keep: the choice for element i is a hash of key and i
+// (the finaliser of MurmurHash3), so that nothing has to be kept for the gradient, a recomputation or a resumed run.
+OPERATOR(custom_dropout) {
+    const int64_t n = c.elements(0);
+    const int32_t* key = c.at<int32_t>(1);
+    const float keep = *c.at(2), factor = 1 / keep;
+    const uint64_t bound = (uint64_t)((double)keep * 18446744073709551615.0);
+    const auto mix = [](uint64_t z) {
+        z = (z ^ (z >> 33)) * 0xff51afd7ed558ccdull;
+        z = (z ^ (z >> 33)) * 0xc4ceb9fe1a85ec53ull;
+        return z ^ (z >> 33);
+    };
+    uint64_t base = 0x9e3779b97f4a7c15ull;
+    for (int i = 0; i < 4; i++) base = mix(base + (uint32_t)key[i] + 1);
+    const float* x = c.at(0);
+    float* y = c.at(3);
+#pragma omp parallel for num_threads(threads(n)) schedule(static)
+    for (int64_t i = 0; i < n; i++) y[i] = mix(base + (uint64_t)i * 0x9e3779b97f4a7c15ull) <= bound ? x[i] * factor : 0;
+    return 0;
+}

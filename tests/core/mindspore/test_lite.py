@@ -67,8 +67,8 @@ def _exported(ours, root, shapes: GraphShapes) -> Meta:
     [
         (BASE, GraphShapes(LENGTH, batch=4)),
         (BASE, GraphShapes(LENGTH, batch=4, paged=True, block_size=32, num_blocks=21)),
-        (BASE, GraphShapes(LENGTH, batch=4, dynamic=True)),
-        (QWEN, GraphShapes(LENGTH, batch=2, paged=True, block_size=16, num_blocks=18)),
+        (replace(BASE, layers=1), GraphShapes(LENGTH, batch=4, dynamic=True)),
+        (replace(QWEN, layers=1), GraphShapes(LENGTH, batch=2, paged=True, block_size=16, num_blocks=18)),
     ],
     ids=["dense", "paged", "dynamic", "qwen-v1-paged"],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 import numpy as np
 import peft
 import pytest
@@ -15,6 +16,7 @@ from research.core.errors import ConfigError, WeightsError
 from research.core.lora import WEIGHTS_FILE
 from research.core.mindspore import lora
 from research.core.mindspore.decoder import Decoder
+from research.core.mindspore.dropout import Dropout, new_key, set_key
 from research.core.mindspore.layout import Layout
 from research.core.mindspore.loss import Objective, shifted_targets
 from research.core.spec import spec_from_hf
@@ -92,7 +94,7 @@ def test_saved_adapter_gives_the_same_logits_in_peft_and_back_and_merged(tmp_pat
 
 
 @pytest.mark.slow
-def test_dropout_acts_in_training_only():
+def test_dropout_acts_in_training_only_and_as_its_key_says():
     decoder = twin(small_pair("gqa")[1])
     lora.add_lora(decoder, LoraConfig(rank=4, dropout=0.5, target_modules=["q_proj"]))
     for _, layer in lora.lora_layers(decoder):
@@ -100,7 +102,25 @@ def test_dropout_acts_in_training_only():
     ids = as_tensor(IDS)
     assert np.array_equal(decoder(ids).asnumpy(), decoder(ids).asnumpy())
     decoder.set_train()
-    assert not np.array_equal(decoder(ids).asnumpy(), decoder(ids).asnumpy())
+    seen = []
+    for key in ((1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0), (1, 0, 0)):
+        set_key(decoder, *key)
+        seen.append(decoder(ids).asnumpy())
+    assert np.array_equal(seen[0], seen[4])
+    assert all(not np.array_equal(seen[0], other) for other in seen[1:4])
+
+
+def test_dropout_keeps_its_share_scales_it_and_passes_the_same_elements_gradients():
+    cell = Dropout(0.3, new_key(), 5).set_train()
+    x = Tensor(np.ones((64, 1000), np.float32))
+    out = cell(x).asnumpy()
+    assert np.unique(out).tolist() == pytest.approx([0, 1 / 0.7])
+    kept = out > 0
+    # 4.5 standard deviations of a binomial of 64,000 draws, of its rows, and of neighbours' agreement (0.7^2 + 0.3^2)
+    assert abs(kept.mean() - 0.7) < 0.008 and np.abs(kept.mean(1) - 0.7).max() < 0.07
+    assert abs((kept[:, 1:] == kept[:, :-1]).mean() - 0.58) < 0.009
+    gradient = ms.grad(cell)(x).asnumpy()
+    assert np.array_equal(gradient, out)
 
 
 @pytest.mark.parametrize("choice", CHOICES)

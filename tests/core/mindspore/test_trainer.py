@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_five_steps_have_torchs_losses_norms_and_weights(tmp_path, data, case):
         assert np.abs(value - expected[name]).max() < 2e-3, name
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [None, replace(LORA, dropout=0.3)], ids=["full", "lora with dropout"])
 def test_three_steps_and_three_more_equal_six_bit_for_bit(tmp_path, data, lora):
     settings = {"steps": 6, "eval_every": 3, "micro_batch": 4}
     whole, weights = train(config(**settings), data, tmp_path / "a", lora=lora)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -77,9 +78,29 @@ def test_answers_come_in_order(call, qwen2_5, shared_data, tmp_path):
     ]
 
 
+@pytest.fixture
+def inside(repo, qwen2_5, tmp_path, monkeypatch, capsys):
+    """The same in this process, with the vocabulary that is loaded already."""
+    spec = importlib.util.spec_from_file_location("encode_tool", repo / "tools" / "encode.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(tool, "load_tokenizer", lambda folder, family: qwen2_5)
+
+    def run(lines, family="qwen2_5"):
+        source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+        source.write_bytes(b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines) + b"\n")
+        words = ["--family", family, "--tokenizer", "here", "--input", str(source), "--output", str(target)]
+        status = tool.run_cli(tool.main, words)
+        assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"] + ["out.jsonl"] * target.exists()
+        answers = [json.loads(line) for line in target.read_text().splitlines()] if target.exists() else None
+        return status, answers, capsys.readouterr().err
+
+    return run
+
+
 @pytest.mark.parametrize("family", ["qwen", "qwen1_5", "qwen2"])
-def test_other_families(call, family):
-    status, answers, _ = call([{"op": "chat", "messages": [{"role": "user", "content": "x"}]}], family)
+def test_other_families(inside, family):
+    status, answers, _ = inside([{"op": "chat", "messages": [{"role": "user", "content": "x"}]}], family)
     expected = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nx<|im_end|>\n"
     assert status == 0 and answers[0]["text"] == expected
     assert answers[0]["ids"][:2] == [151644, 8948] and answers[0]["ids"][-2:] == [151645, 198]
@@ -105,9 +126,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_wrong_requests_end_with_status_2_and_no_output(call, fault):
+def test_wrong_requests_end_with_status_2_and_no_output(inside, fault):
     lines, what = FAULTS[fault]
-    status, answers, stderr = call(lines)
+    status, answers, stderr = inside(lines)
     assert status == 2 and answers is None
     assert what in stderr and "Traceback" not in stderr and len(stderr.splitlines()) < 8
 
@@ -117,3 +138,5 @@ def test_wrong_vocabulary_ends_with_status_2(call, tmp_path):
     assert status == 2 and answers is None and "no vocabulary here" in stderr
     status, _, stderr = call([], "qwen9")
     assert status == 2 and "unknown family" in stderr
+    status, answers, stderr = call([{"op": "decode", "ids": [1]}, b"{"])
+    assert status == 2 and answers is None and "in.jsonl:2: not valid JSON" in stderr and "Traceback" not in stderr
