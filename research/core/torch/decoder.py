@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from research.core.spec import DecoderSpec
 from research.core.torch.attention import hide_groups_from_compiler, resolve_backend
 from research.core.torch.cache import KVCache
-from research.core.torch.layers import Attention, DecoderLayer, RMSNorm
+from research.core.torch.layers import Attention, DecoderLayer, Embedding, RMSNorm
 from research.core.torch.layout import Layout
 from research.core.torch.moe import Experts, RouterCounts
 from research.core.torch.rotary import RopeTables, Rotary, ntk_alpha
@@ -27,7 +27,7 @@ class DecoderModel(nn.Module):
 
     def __init__(self, spec: DecoderSpec):
         super().__init__()
-        self.embed_tokens = nn.Embedding(spec.vocab, spec.hidden)
+        self.embed_tokens = Embedding(spec.vocab, spec.hidden)
         self.layers = nn.ModuleList(DecoderLayer(spec, layer) for layer in range(spec.layers))
         self.norm = RMSNorm(spec.hidden, spec.norm_eps)
 

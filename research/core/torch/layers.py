@@ -35,6 +35,15 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+class Embedding(nn.Embedding):
+    """An ``nn.Embedding`` that is not initialised on the meta device: a normal distribution there would load torch's
+    whole compiler, which takes seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from research.core.errors import WeightsError
 from research.core.spec import DecoderSpec
 from research.core.torch.decoder import Decoder
-from research.core.torch.layers import DecoderLayer
+from research.core.torch.layers import DecoderLayer, Embedding
 from research.core.torch.moe import SparseMLP
 from research.core.torch.packed_linear import Linear, linear
 from research.core.torch.weights import TORCH_DTYPES, resolve_dtype, set_parameters
@@ -108,7 +108,7 @@ class RowLinear(Linear):
         return self.reduce(self.product(x))
 
 
-class PartEmbedding(nn.Embedding):
+class PartEmbedding(Embedding):
     """The rows ``rank * W .. (rank + 1) * W - 1`` of the embedding; the forward looks up ids of the whole vocabulary."""
 
     def __init__(self, part: TensorPart):
