@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,13 +176,16 @@ def load_model(cfg: Config) -> Model:
     return Model(runner, parts.tokenizer, parts.template, parts.sampling, parts.eos_ids)
 
 
-def open_engine_model(cfg: Config) -> EngineModel:
-    """The model of ``cfg`` in the paged engine (torch), with the adapters of ``lora_adapter.json`` beside the weights and
-    that of ``cfg.adapter``, called after its folder. An embedding model too. Raises UserErrors."""
+def open_engine_model(
+    cfg: Config, tokenizer: Tokenizer | None = None, adapters: Mapping[str, Path] | None = None
+) -> EngineModel:
+    """The model of ``cfg`` in the paged engine (torch), with the adapters of ``lora_adapter.json`` beside the weights, the
+    given ``adapters`` and that of ``cfg.adapter``, called after its folder. An embedding model too. ``tokenizer``: instead
+    of the one beside the weights. Raises UserErrors. On several ranks only the first returns."""
     module = "vllm" if mode(cfg) == "vllm" else "build"
     if cfg.generate.batch is not None:
         cfg.engine.max_batch = cfg.generate.batch
-    parts = find_parts(cfg)
+    parts = find_parts(cfg, tokenizer)
     adapter = Path(cfg.adapter).resolve().name if cfg.adapter else None
     open_engine = importlib.import_module(f"research.core.engine.{module}").open_engine
     engine, how = open_engine(
@@ -190,7 +193,7 @@ def open_engine_model(cfg: Config) -> EngineModel:
         parts.tokenizer,
         parts.eos_ids,
         cfg,
-        {adapter: Path(cfg.adapter)} if adapter else {},
+        dict(adapters or {}) | ({adapter: Path(cfg.adapter)} if adapter else {}),
         opening(cfg),
         say,
     )
@@ -198,8 +201,9 @@ def open_engine_model(cfg: Config) -> EngineModel:
     return EngineModel(engine, parts.tokenizer, parts.template, parts.sampling, parts.eos_ids, adapter, how)
 
 
-def find_parts(cfg: Config) -> Parts:
-    """Weights, vocabulary, template and sampling of ``cfg``, found and checked, the weights not yet read."""
+def find_parts(cfg: Config, tokenizer: Tokenizer | None = None) -> Parts:
+    """Weights, vocabulary, template and sampling of ``cfg``, found and checked, the weights not yet read. ``tokenizer``:
+    instead of the one beside the weights."""
     weights = resolve_weights(cfg)
     if weights is None:
         raise WeightsError("there are no weights to generate with", hint="WEIGHTS=<folder>")
@@ -208,7 +212,7 @@ def find_parts(cfg: Config) -> Parts:
         check_float(weights)
         check_architecture(cfg, weights)
     beside = weights if weights.is_dir() else weights.parent
-    tokenizer = resolve_tokenizer(cfg, beside)
+    tokenizer = tokenizer or resolve_tokenizer(cfg, beside)
     template = resolve_template(cfg, beside)
     for folder in (beside, Path(cfg.adapter)) if cfg.adapter else (beside,):
         check_fingerprints(folder, tokenizer, template, raw=cfg.generate.raw)
@@ -260,7 +264,7 @@ def check_fingerprints(weights: Path, tokenizer: Tokenizer, template: ChatTempla
         checked.append(("template", template.fingerprint, 'ARGS="model.template=<the run\'s>", or generate.raw=true'))
     for kind, used, hint in checked:
         stored = note.get(kind)
-        if stored is not None and stored != used:
+        if stored is not None and used is not None and stored != used:
             name = f"{kind} {template.name}" if kind == "template" else kind
             raise ConfigError(
                 f"these weights were trained with the {kind} {_short(stored)}, here the {name} is {_short(used)}",

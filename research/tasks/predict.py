@@ -14,6 +14,7 @@ from research.core.config.schema import Config
 from research.core.errors import DataError, UserError, require_file
 from research.core.generation.requests import OnToken, Request, Result
 from research.core.generation.stream import TextStream
+from research.core.launch.environment import place
 from research.core.launch.ranks import launch, needs_launch
 from research.tasks.answering import EngineModel, Model, OnResult, mode, open_model
 from research.tasks.sources import say
@@ -34,7 +35,9 @@ def run(cfg: Config) -> int:
         sys.stdout.reconfigure(encoding="utf-8")
     if mode(cfg) == "paged" and needs_launch(cfg):
         return launch(cfg)
-    questions = read_questions(cfg)
+    here = place()
+    follows = mode(cfg) == "paged" and here is not None and here.rank > 0  # rank 0 asks, the others compute for it
+    questions = [] if follows else read_questions(cfg)
     model = open_model(cfg)
     try:
         return answer(cfg, model, questions)

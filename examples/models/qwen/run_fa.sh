@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# MindIE's place for scripts/run_fa.sh.
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../../scripts/run_fa.sh" "$@"
