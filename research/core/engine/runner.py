@@ -16,6 +16,7 @@ from research.core.engine.cache import PagedCache
 from research.core.engine.native_step import NativePagedStep
 from research.core.torch.decoder import Decoder
 from research.core.torch.layout import Layout
+from research.core.torch.tensor_parallel import PartHead
 
 
 @dataclass
@@ -66,7 +67,10 @@ class ModelRunner:
         output = StepOutput()
         if plan.sampled:
             rows = hidden_NH[ends] if len(plan.sampled) == len(plan.queries) else hidden_NH[ends[plan.sampled]]
-            output.logits = self.decoder.logits(rows).float()
+            head = self.decoder.lm_head
+            # Ranks that each hold a part of the vocabulary agree on the best token without sending logits.
+            short = plan.greedy and isinstance(head, PartHead)
+            output.logits = head.best(rows) if short else self.decoder.logits(rows).float()
         if plan.embedded:
             output.hidden = hidden_NH[ends[plan.embedded]].float()
         return output

@@ -136,7 +136,8 @@ class PartHead(Linear):
         return self.part.gather(self.product(hidden))[..., : self.part.whole.vocab]
 
     def best(self, hidden: Tensor) -> Tensor:
-        """The token with the largest logit (of equals the first), [..] int64, without gathering logits."""
+        """The token with the largest logit (of equals the first; -1: they are no numbers), [..] int64, without gathering
+        logits."""
         logits = self.product(hidden)
         rows = self.part.whole.vocab - self.part.rank * self.part.vocab_rows  # behind them: padding
         if rows < self.part.vocab_rows:
@@ -146,7 +147,8 @@ class PartHead(Linear):
         # float32 holds every bf16 and fp32 logit; tokens travel apart, as they are.
         values = self.part.gather(value.float()[..., None])
         tokens = self.part.gather((token + self.part.rank * self.part.vocab_rows)[..., None])
-        return tokens.gather(-1, values.argmax(-1, keepdim=True))[..., 0]
+        value, rank = values.max(-1)
+        return tokens.gather(-1, rank[..., None])[..., 0].masked_fill(value.isnan(), -1)
 
 
 class PartSparseMLP(SparseMLP):

@@ -19,6 +19,7 @@ from research.core.engine import build
 from research.core.engine.api import EngineRequest
 from research.core.engine.run_all import run_all
 from research.core.errors import WeightsError
+from research.core.generation.sampling import Sampling
 from research.core.launch.host import free_port
 from research.core.text.builtin import builtin_tokenizer
 from research.core.torch.multi_lora import AdapterSlots
@@ -68,10 +69,19 @@ def main(folder: Path, rank: int) -> dict:
         found[case] = [answer.ids for answer in run_all(engine, requests)]
         found[f"{case} preempted"] = engine.stats().total_preemptions
         if case == "dense":
+            found["drawn"] = drawn(engine)
             found["refused"] = refused(engine, folder)
             found["again"] = run_all(engine, requests[:1])[0].ids
         engine.close()
     return found
+
+
+def drawn(engine) -> list:
+    """Tokens drawn at random, with log-probabilities: needs everybody's logits."""
+    sampling = Sampling(temperature=0.9, top_k=50, seed=11)
+    request = EngineRequest(tuple(prompts(engine.spec.vocab)[1]), sampling, NEW, logprobs=2, adapter="one")
+    answer = run_all(engine, [request])[0]
+    return [answer.ids, [token.logprob for token in answer.logprobs]]
 
 
 def refused(engine, folder: Path) -> list[str]:

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from research.core.config.schema import LoraConfig
+from research.core.engine.build import open_engine
 from research.core.errors import ConfigError
 from research.core.spec import DecoderSpec, MoeSpec
+from research.core.text.builtin import builtin_tokenizer
 from research.core.torch.cache import KVCache
 from research.core.torch.decoder import Decoder
 from research.core.torch.lora import add_lora, load_adapter, lora_layers, save_adapter
@@ -23,7 +25,7 @@ from research.core.torch.weights import load_decoder, save_decoder
 from research.core.weights.grid import Grid
 from research.core.weights.opened import NOTHING_SAID
 from research.core.weights.reshard import ReshardOptions, reshard
-from tests.core.engine.tensor_parallel_case import ADAPTED, CASES, NEW, adapter_of, prompts
+from tests.core.engine.tensor_parallel_case import ADAPTED, CASES, NEW, adapter_of, drawn, prompts, settings
 
 # 3079 is a prime: the vocabulary is cut unevenly. 2 kv heads are fewer than 4 ranks.
 DENSE = DecoderSpec(
@@ -68,7 +70,8 @@ def _greedy(decoder: Decoder, prompt: list[int]) -> list[int]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Everything that the ranks found, and the folders that they read."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder, threads = tmp_path_factory.mktemp("ranks"), torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny products: threads would wait for each other
     for name, spec in SPECS.items():
         save_decoder(Decoder(spec).init_weights(1), folder / name)
     reshard(folder / "dense", folder / "parts", ReshardOptions("parts", Grid(tensor=2)), NOTHING_SAID)
@@ -85,7 +88,8 @@ def ranks(tmp_path_factory):
     statuses = json.loads((folder / "statuses.json").read_text())
     assert statuses["two"] == [0] * 2 and statuses["four"] == [0] * 4, (statuses, done.stderr[-4000:])
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("two", "four")}
-    return folder, found, statuses, done.stderr
+    yield folder, found, statuses, done.stderr
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
@@ -107,6 +111,17 @@ def test_greedy_tokens_on_2_and_4_ranks_are_the_plain_decoders(ranks):
     )  # the adapters do something, where asked for
 
 
+@pytest.mark.slow
+def test_tokens_drawn_on_several_ranks_are_those_of_one_with_their_log_probabilities(ranks):
+    folder, found, _, _ = ranks
+    engine, _ = open_engine(folder / "dense", builtin_tokenizer(), (), settings(), {"one": folder / "dense-one"})
+    tokens, logprobs = drawn(engine)
+    for size in found.values():
+        assert size["drawn"][0] == tokens
+        assert size["drawn"][1] == pytest.approx(logprobs, abs=1e-4)  # fp32, sums in another order
+
+
+@pytest.mark.slow
 def test_an_adapter_that_one_rank_cannot_load_is_loaded_by_none_and_the_engine_goes_on(ranks):
     _, found, _, _ = ranks
     for size in found.values():
@@ -117,6 +132,7 @@ def test_an_adapter_that_one_rank_cannot_load_is_loaded_by_none_and_the_engine_g
         assert size["again"] == size["dense"][0]
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_in_a_step_ends_and_so_does_the_first(ranks):
     _, _, statuses, said = ranks
     assert statuses["failing"] == [1, 1]
