@@ -6,8 +6,10 @@ python -m tests.core.engine.tensor_parallel_case FOLDER
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -21,6 +23,7 @@ from research.core.engine.run_all import run_all
 from research.core.errors import WeightsError
 from research.core.generation.sampling import Sampling
 from research.core.launch.host import free_port
+from research.core.native.build import library
 from research.core.text.builtin import builtin_tokenizer
 from research.core.torch.multi_lora import AdapterSlots
 
@@ -124,6 +127,7 @@ def launch(name: str, size: int, folder: Path, prepare) -> list[int]:
     for rank in range(size):
         child = os.fork()
         if child == 0:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank is left when a test is ended
             os.environ |= {"QWEN_LAUNCHED": "torch", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
@@ -145,6 +149,7 @@ def launch(name: str, size: int, folder: Path, prepare) -> list[int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    library()  # built once, not by every rank
     where = Path(sys.argv[1])
     statuses = {}
     for name, size, prepare in (("two", 2, tear), ("four", 4, tear), ("failing", 2, fail)):
