@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import tempfile
 from pathlib import Path
 
 from research.core.config.schema import Config
@@ -14,6 +17,9 @@ from research.core.serve.server import KEYS_VARIABLE, bind, read_keys, serve, ur
 from research.core.serve.service import Served
 from research.tasks.answering import EngineModel, mode, open_engine_model
 
+# Names the file in which the first of several ranks leaves its status; seconds that the ranks get beyond the drain.
+_ENDED, _LEAVING_S = "QWEN_SERVE_ENDED", 30
+
 
 def run(cfg: Config) -> int:
     if mode(cfg) != "paged":
@@ -21,20 +27,36 @@ def run(cfg: Config) -> int:
             "the server runs on the paged engine", where=f"engine.mode={cfg.engine.mode}", hint="engine.mode=paged"
         )
     if needs_launch(cfg):
-        return launch(cfg)
+        return serve_over_ranks(cfg)
+    if place() is not None and place().rank > 0:
+        # The launcher passes a stop on to every rank; the first one decides when there is nothing left to compute.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        open_engine_model(cfg)  # leaves by SystemExit when the first rank's engine is closed
     # What can be wrong with the port, the keys and the folders is found before the weights are read.
-    first = place() is None or place().rank == 0
-    listener = bind(cfg.serve.host, cfg.serve.port) if first else None
+    listener = bind(cfg.serve.host, cfg.serve.port)
     try:
         keys = read_keys(cfg.serve.api_keys)
         check_adapter_folder(cfg.serve.adapter_folder)
         model = open_engine_model(cfg)
         log_as_json()
         served = what_is_served(cfg, model, keys)
-        return serve(served, listener, lambda: print(announcement(served, listener), flush=True))
+        status = serve(served, listener, lambda: print(announcement(served, listener), flush=True))
     finally:
-        if listener is not None:
-            listener.close()
+        listener.close()
+    if _ENDED in os.environ:
+        Path(os.environ[_ENDED]).write_text(str(status))
+    return status
+
+
+def serve_over_ranks(cfg: Config) -> int:
+    """Start one rank per card, the first of which serves. A stop that it has followed in good order is status 0."""
+    os.environ.setdefault("LAUNCH_GRACE_S", f"{cfg.serve.drain_s + _LEAVING_S:g}")
+    with tempfile.TemporaryDirectory(prefix="serve-") as folder:
+        ended = Path(folder) / "status"
+        os.environ[_ENDED] = str(ended)
+        status = launch(cfg)
+        stopped = status in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+        return int(ended.read_text()) if stopped and ended.is_file() else status
 
 
 def check_adapter_folder(folder: str | None) -> None:
