@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Cut a model for several cards, as the document qwen_7b_atb_pytorch does.
 #   bash scripts/cut_model_and_run.sh [inference|precision|performance] [--input_dir D] [--output_dir D] [--world_size N]
+#     [--config config.ini] [setting=value ...]
 # The first call cuts into output_dir/<rank>/; a later one finds the parts there and checks that they are of these weights
-# and this cut. Running the parts is not in this version; a task ends with exit status 2 and says what runs instead.
+# and this cut. With a task, main.py then runs over the parts, a card for each. MAX_SEQ_LEN and TIMEIT count.
 # Edit these lines, or give the same names in the environment or as arguments.
 set -euo pipefail
 
@@ -13,7 +14,7 @@ recut=${recut:-0}                                   # 1: replace parts of other 
 allow_pickle=${allow_pickle:-0}                     # 1: read .bin weights, if you trust their source
 
 usage() {
-  sed -n '2,6s/^# \{0,1\}//p' "$0"
+  sed -n '2,7s/^# \{0,1\}//p' "$0"
 }
 fail() {
   printf 'error: %s\n  try: %s\n' "$1" "$2" >&2
@@ -21,6 +22,7 @@ fail() {
 }
 
 task=
+settings=()
 while [ $# -gt 0 ]; do
   case $1 in
     -h | --help)
@@ -44,6 +46,15 @@ while [ $# -gt 0 ]; do
       task=$1
       shift
       ;;
+    --config)
+      [ $# -ge 2 ] || fail "$1 needs a value" "$1 config.ini"
+      settings+=("$1" "$2")
+      shift 2
+      ;;
+    [a-z]*=*)
+      settings+=("$1")
+      shift
+      ;;
     *) fail "$1 is neither a task nor a flag of this script" "inference, precision or performance; bash $0 --help" ;;
   esac
 done
@@ -63,9 +74,12 @@ words=("$python" "$repo/tools/cut_model_util.py" --input_path "$input_dir" --out
 { printf '+'; printf ' %q' "${words[@]}"; printf '\n'; } >&2
 "${words[@]}"
 
-one_device="make predict WEIGHTS=$input_dir PROMPT='...'"
-whole_again="make merge-shards WEIGHTS=$output_dir OUTPUT=<folder>"
-[ -z "$task" ] || fail "the parts in $output_dir are ready, but this version does not run them over $world_size cards" \
-  "$one_device (the whole model on one device)"
-echo "next: $one_device   # the whole model on one device; this version does not run parts"
-echo "      $whole_again   # one Hugging Face folder of the parts"
+if [ -n "$task" ]; then
+  words=("$python" "$repo/scripts/main.py" --task "$task" --model_path "$input_dir" --part_model "$output_dir")
+  words+=("parallel.cards=$world_size" ${settings[@]+"${settings[@]}"})
+  { printf '+'; printf ' %q' "${words[@]}"; printf '\n'; } >&2
+  exec "${words[@]}"
+fi
+echo "next: bash $0 inference|precision|performance   # over these parts"
+echo "      make predict WEIGHTS=$input_dir PROMPT='...'   # the whole model on one device"
+echo "      make merge-shards WEIGHTS=$output_dir OUTPUT=<folder>   # one Hugging Face folder of the parts"

@@ -212,6 +212,8 @@ def find_parts(cfg: Config, tokenizer: Tokenizer | None = None) -> Parts:
         check_float(weights)
         check_architecture(cfg, weights)
     beside = weights if weights.is_dir() else weights.parent
+    if (weights / "0" / "config.json").is_file():  # parts, each with the vocabulary
+        beside = weights / "0"
     tokenizer = tokenizer or resolve_tokenizer(cfg, beside)
     template = resolve_template(cfg, beside)
     for folder in (beside, Path(cfg.adapter)) if cfg.adapter else (beside,):

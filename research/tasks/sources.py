@@ -80,8 +80,8 @@ def _given(cfg: Config, name: str) -> Path:
         raise WeightsError(
             "this is an adapter, not a model", where=folder, hint=f"ADAPTER={folder} beside WEIGHTS=<base>"
         )
-    if cfg.backend == "mindspore":
-        return folder  # ranks or a MindFormers file, which say themselves what is wrong with them
+    if cfg.backend == "mindspore" or (folder / "0" / "config.json").is_file():
+        return folder  # parts, ranks or a MindFormers file, which say themselves what is wrong with them
     raise WeightsError("no config.json here", where=folder, hint="WEIGHTS=<folder with config.json and safetensors>")
 
 

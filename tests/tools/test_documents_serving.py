@@ -17,7 +17,7 @@ from research.core.errors import run_cli
 from research.core.launch.host import free_port
 from research.core.torch.generate import generate
 from research.core.torch.weights import load_decoder
-from research.tasks import run_fa, run_pa
+from research.tasks import atb, run_fa, run_pa
 
 OWN = ["device=cpu", "generate.dtype=fp32"]
 QUESTION = "What is deep learning?"
@@ -201,3 +201,122 @@ def test_the_documents_command_lines_at_world_size_1_and_2(repo, weights):
     two = program([*command, "--max_batch_size", "2", "--input_dict", json.dumps(asked), *OWN], repo, BIND_CPU="1")
     own = expected(weights, [QUESTION], 24, chat=True, adapter=True)
     assert answers(two) == [*own, *expected(weights, [QUESTION], 24, chat=True)]
+
+
+# --- the document qwen_7b_atb_pytorch ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script_path(weights, tmp_path, monkeypatch) -> Path:
+    """The folder of main.py's config.ini, as edited by a user, with an exam of two subjects."""
+    exam = tmp_path / "ceval"
+    mapping = {"law": ["Law", "法学", "Humanities"], "college_physics": ["Physics", "大学物理", "STEM"]}
+    for split, count in (("dev", 2), ("val", 3)):
+        (exam / "data" / split).mkdir(parents=True)
+        for name in mapping:
+            rows = [["id", "question", "A", "B", "C", "D", "answer"]]
+            rows += [[str(n), f"{name} {split} 问题{n}____。", "甲", "乙", "丙", "丁", "ABC"[n]] for n in range(count)]
+            with (exam / "data" / split / f"{name}_{split}.csv").open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows(rows)
+    (exam / "subject_mapping.json").write_text(json.dumps(mapping))
+    (tmp_path / "config.ini").write_text(
+        f"[model]\nmodel_path={weights}\nlog_dir=logs\n[precision]\nmode=ceval\nwork_dir=ceval\nbatch=2\nshot=2\n"
+        "seq_len_out=8\n[performance]\nmodel_name=qwen_7b\nbatch_size=1,2\ncase_pair=[[16,4],[8,2]]\nperf_mode=detail\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_main_continues_texts_and_measures_with_timeit(script_path, weights, capsys, monkeypatch):
+    assert atb.main(["--task", "inference", *OWN, 'prompt_list=["Hello"]', "generate.max_new_tokens=6"]) == 0
+    assert capsys.readouterr().out == f"Hello{expected(weights, ['Hello'], 6)[0]}\n"
+    assert "6 tokens in" in (script_path / "logs" / "device0.log").read_text()
+
+    assert run_cli(atb.main, ["--task", "performance", *OWN]) == 2
+    assert "TIMEIT=1" in capsys.readouterr().err
+    monkeypatch.setenv("TIMEIT", "1")
+    monkeypatch.setenv("MAX_SEQ_LEN", "32")
+    assert atb.main(["--task", "performance", *OWN]) == 0
+    (path,) = script_path.glob("performance_test_cpu_qwen_7b_*.csv")
+    with path.open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == [
+        "batch_size",
+        "input_seq_len(Encoding)",
+        "output_seq_len(Decoding)",
+        "ResponseTime(s)",
+        "forward_first_token_time(ms)",
+        "forward_next_token_time(ms)",
+        "pre_next_token_time(ms)",
+        "post_next_token_time_post(ms)",
+    ]
+    assert [row[:3] for row in rows[1:]] == [["1", "16", "4"], ["1", "8", "2"], ["2", "16", "4"], ["2", "8", "2"]]
+    for row in rows[1:]:
+        total, first, later, before, after = map(float, row[3:])
+        parts = first + (int(row[2]) - 1) * (later + before + after)
+        assert first > 0 and later > 0 and parts <= 1000 * total + 1  # the parts lie within the whole
+
+    monkeypatch.setenv("MAX_SEQ_LEN", "16")
+    assert run_cli(atb.main, ["--task", "performance", *OWN]) == 2
+    assert "16 tokens and 4 new ones are more than 16" in capsys.readouterr().err
+
+
+def test_main_scores_the_exam_by_first_letters_and_goes_on_where_it_stopped(script_path, weights, capsys):
+    assert atb.main(["--task", "precision", *OWN]) == 0
+    capsys.readouterr()
+    result = script_path / "ceval" / "test_result"
+    with (result / "cache0.csv").open(encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["question_id", "task", "truth", "pred"] and len(rows) == 7
+    asked = "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n"
+    for number in range(2):
+        asked += f"\nlaw dev 问题{number}____。\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案：{'AB'[number]}\n"
+    asked += "\nlaw val 问题0____。\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案："
+    letters = [letter.upper() for letter in expected(weights, [asked], 8)[0] if letter.isascii() and letter.isalpha()]
+    assert next(row for row in rows if row[:2] == ["0", "law"])[2:] == ["A", "".join(letters[:1])]
+    share = {name: sum(r[2] == r[3] for r in rows if r[1] == name) / 3 for name in ("law", "college_physics")}
+    assert json.loads((result / "result_0_subject_acc.json").read_text()) == share
+    mean = (share["law"] + share["college_physics"]) / 2
+    by_class = {"STEM": share["college_physics"], "Humanities": share["law"], "Hard": share["college_physics"]}
+    assert json.loads((result / "result_0_classes_acc.json").read_text()) == by_class | {"Avg acc": mean}
+    assert "law: " in (result / "device0.log").read_text()
+
+    lines = (result / "cache0.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    changed = [line.replace(line.rstrip("\n")[-1:], "Z") if line.startswith("2,law") else line for line in lines[:-1]]
+    (result / "cache0.csv").write_text("".join(changed), encoding="utf-8")
+    assert atb.main(["--task", "precision", *OWN]) == 0
+    again = (result / "cache0.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert again[:-1] == changed and again[-1] == lines[-1]  # only what was missing has been asked
+    config = script_path / "config.ini"
+    config.write_text(config.read_text().replace("shot=2", "shot=1"))
+    assert run_cli(atb.main, ["--task", "precision", *OWN]) == 2
+    assert "of other weights or settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("work_dir=ceval", "work_dir=nowhere", "work_dir is not a folder"),
+        ("mode=ceval", "mode=mmlu", "is not a choice in this version"),
+        ("shot=2", "shots=2", "did you mean shot"),
+        ("[precision]", "[precison]", "did you mean precision"),
+        ("batch=2", "batch=many", "a whole number"),
+        ("case_pair=[[16,4],[8,2]]", "case_pair=[[16]]", "[[256,256],[512,512]]"),
+    ],
+)
+def test_mistakes_in_config_ini_name_file_section_and_key(script_path, capsys, old, new, message):
+    config = script_path / "config.ini"
+    config.write_text(config.read_text().replace(old, new))
+    assert run_cli(atb.main, ["--task", "precision", *OWN]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_cut_model_and_run_measures_over_two_parts(repo, script_path, weights):
+    command = ["bash", str(repo / "scripts" / "cut_model_and_run.sh"), "performance", "--config", "config.ini", *OWN]
+    parts = script_path / "parts"
+    variables = {"input_dir": str(weights), "output_dir": str(parts), "world_size": "2", "TIMEIT": "1"}
+    program(command, script_path, **variables)
+    assert {"0", "1"} <= {path.name for path in parts.iterdir()}
+    (path,) = script_path.glob("performance_test_cpu_qwen_7b_*.csv")
+    assert len(path.read_text().splitlines()) == 5
