@@ -66,7 +66,7 @@ class ModelRunner:
         ends = batch.query_starts[1:] - 1
         output = StepOutput()
         if plan.sampled:
-            rows = hidden_NH[ends] if len(plan.sampled) == len(plan.queries) else hidden_NH[ends[plan.sampled]]
+            rows = hidden_NH[ends[plan.sampled]]
             head = self.decoder.lm_head
             # Ranks that each hold a part of the vocabulary agree on the best token without sending logits.
             short = plan.greedy and isinstance(head, PartHead)
