@@ -6,13 +6,12 @@ No framework: the weights lie with the runner (:class:`research.core.torch.multi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from research.core.config.names import did_you_mean
-from research.core.errors import ConfigError, UserError, WeightsError
+from research.core.errors import ConfigError, WeightsError
 
 TABLE = "lora_adapter.json"
 BASE = "base"  # the documents' name of the model without an adapter
@@ -121,13 +120,3 @@ def read_table(weights: Path) -> dict[str, Path]:
         if not folder.is_dir():
             raise WeightsError(f"the folder of {name!r} is not there: {folder}", where=path)
     return found
-
-
-def load_table(adapters: Adapters, weights: Path, say: Callable[[str], None] = lambda line: None) -> None:
-    """Load everything that ``lora_adapter.json`` lists; an error names the entry."""
-    for name, folder in read_table(weights).items():
-        try:
-            adapters.load(name, folder)
-        except UserError as error:
-            raise WeightsError(f"adapter {name!r}: {error}", where=Path(weights) / TABLE) from None
-        say(f"adapter {name} from {folder}")

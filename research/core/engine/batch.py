@@ -6,7 +6,7 @@ sampled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,27 @@ class StepPlan:
     def decode(self) -> bool:
         """Whether every row brings one token."""
         return len(self.tokens) == len(self.queries)
+
+    def part(self, rows: list[int]) -> StepPlan:
+        """The plan of some rows (rising numbers) alone, without the copies."""
+        ends = np.cumsum(self.queries).tolist()
+        place = {row: number for number, row in enumerate(rows)}
+
+        def of(values):
+            return None if values is None else [values[row] for row in rows]
+
+        return replace(
+            self,
+            tokens=[token for row in rows for token in self.tokens[ends[row] - self.queries[row] : ends[row]]],
+            queries=of(self.queries),
+            contexts=of(self.contexts),
+            tables=of(self.tables),
+            sampled=[place[row] for row in self.sampled if row in place],
+            embedded=[place[row] for row in self.embedded if row in place],
+            copies=[],
+            adapters=of(self.adapters),
+            prompt_lengths=of(self.prompt_lengths),
+        )
 
 
 @dataclass(eq=False)

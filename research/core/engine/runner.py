@@ -53,14 +53,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
+        if plan.copies:
+            self.cache.copy(plan.copies)
+        adapted = plan.adapters is not None and any(plan.adapters)
+        if adapted and self._native_step is not None and not all(plan.adapters):
+            return self._apart(plan)
         if self.adapters is not None:
             self.adapters.select(plan)
         if plan.whole:
             return StepOutput(hidden=self._whole(plan))
-        if plan.copies:
-            self.cache.copy(plan.copies)
         batch = PagedBatch.of(plan, self.block_size, self.device)
-        if self._native_step is not None and not (plan.adapters and any(plan.adapters)):
+        if self._native_step is not None and not adapted:
             return self._run_native(plan, batch)
         hidden_NH = self._forward(plan, batch)
         ends = batch.query_starts[1:] - 1
@@ -73,6 +76,24 @@ class ModelRunner:
             output.logits = head.best(rows) if short else self.decoder.logits(rows).float()
         if plan.embedded:
             output.hidden = hidden_NH[ends[plan.embedded]].float()
+        return output
+
+    def _apart(self, plan: StepPlan) -> StepOutput:
+        """The native step knows no adapters: it computes the rows without one, to the bit as if they were alone, and
+        torch's operators the others."""
+        output = StepOutput()
+        for adapted in (False, True):
+            rows = [row for row, slot in enumerate(plan.adapters) if bool(slot) == adapted]
+            done = self.execute(plan.part(rows))
+            if plan.greedy and done.logits is not None and done.logits.ndim == 2:
+                done.logits = best_or_none(done.logits)
+            inside = set(rows)
+            for name, wanted in (("logits", plan.sampled), ("hidden", plan.embedded)):
+                part = getattr(done, name)
+                if part is not None:
+                    if getattr(output, name) is None:
+                        setattr(output, name, part.new_empty(len(wanted), *part.shape[1:]))
+                    getattr(output, name)[[place for place, row in enumerate(wanted) if row in inside]] = part
         return output
 
     def _forward(self, plan: StepPlan, batch: PagedBatch) -> Tensor:
@@ -122,3 +143,9 @@ class ModelRunner:
             mask[row, :length] = 1
             begin += length
         return self.decoder.embed(ids.to(self.device), mask, normalize=False)
+
+
+def best_or_none(logits_SV: Tensor) -> Tensor:
+    """The best token of each row, int64 [S]; -1 where a logit is no number."""
+    value, token = logits_SV.max(-1)
+    return token.masked_fill(value.isnan(), -1)

@@ -11,14 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from research.core.engine.adapters import Adapters, load_table, read_table
+from research.core.config.schema import Config
+from research.core.engine.adapters import Adapters, read_table
+from research.core.engine.api import EngineRequest
+from research.core.engine.build import open_engine
+from research.core.engine.run_all import run_all
 from research.core.errors import ConfigError, WeightsError
+from research.core.generation.sampling import Sampling
+from research.core.text.builtin import builtin_tokenizer
 from research.core.torch.multi_lora import AdapterSlots, SlotLinear
 from research.core.torch.weights import load_decoder
 
 SIZES = {
     "vocab_size": 211,
-    "hidden_size": 32,
+    "hidden_size": 64,  # heads of 16: what the native step of the engine takes
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -146,7 +152,7 @@ def test_adapters_that_do_not_fit_are_refused_by_tensor_and_change_nothing(base,
 
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     with_tensors(lambda tensors: {**tensors, name: torch.zeros(99, 3)})
-    with pytest.raises(WeightsError, match=r"layers\.1\.self_attn\.v_proj\.lora_B\.weight is 99x3.*needs 16x3"):
+    with pytest.raises(WeightsError, match=r"layers\.1\.self_attn\.v_proj\.lora_B\.weight is 99x3.*needs 32x3"):
         table.load("bad", bad)
     with_tensors(lambda tensors: {key: value for key, value in tensors.items() if key != name})
     with pytest.raises(WeightsError, match=r"v_proj\.lora_B\.weight is missing"):
@@ -174,17 +180,13 @@ def test_adapters_that_do_not_fit_are_refused_by_tensor_and_change_nothing(base,
     table.unload("good")
 
 
-def test_lora_adapter_json_is_loaded_and_what_is_wrong_in_it_is_named(base, tmp_path):
+def test_what_is_wrong_in_lora_adapter_json_is_named(base, tmp_path):
     _, folder = base
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    assert read_table(weights) == {}
-    file = weights / "lora_adapter.json"
-    shutil.copytree(folder / "rs", weights / "beside")
+    assert read_table(tmp_path) == {}
+    (tmp_path / "beside").mkdir()
+    file = tmp_path / "lora_adapter.json"
     file.write_text(json.dumps({"one": str(folder / "wide"), "two": "beside"}))
-    table = Adapters(AdapterSlots(load_decoder(folder / "base", torch.float32)))
-    load_table(table, weights)
-    assert table.names == ["one", "two"]
+    assert read_table(tmp_path) == {"one": folder / "wide", "two": tmp_path / "beside"}
     for text, words in (
         ('{"one": "a", "one": "b"}', "'one' stands in it twice"),
         ('{"base": "beside"}', "'base' is the model"),
@@ -194,7 +196,75 @@ def test_lora_adapter_json_is_loaded_and_what_is_wrong_in_it_is_named(base, tmp_
     ):
         file.write_text(text)
         with pytest.raises(WeightsError, match=words):
-            read_table(weights)
+            read_table(tmp_path)
+
+
+@torch.no_grad()
+def test_engine_requests_with_adapters_get_pefts_tokens_and_share_no_blocks_with_others(base):
+    model, folder = base
+    (folder / "base" / "lora_adapter.json").write_text(json.dumps({name: f"../{name}" for name in ADAPTERS}))
+    cfg = Config()
+    cfg.device.kind, cfg.generate.dtype = "cpu", "fp32"
+    cfg.engine.block_size, cfg.engine.num_blocks, cfg.engine.max_tokens_per_step = 8, 100, 40
+    engine, _ = open_engine(folder / "base", builtin_tokenizer(), (), cfg)
+    assert list(engine.adapters) == list(ADAPTERS)
+    prompt, new = IDS[:2].flatten().tolist(), 8
+
+    def expected(name: str | None) -> list[int]:
+        asked = model
+        if name is not None:
+            asked = Qwen2ForCausalLM.from_pretrained(folder / "base", attn_implementation="eager").eval()
+            asked = peft.PeftModel.from_pretrained(asked, folder / name).eval()
+        return asked.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=new, min_new_tokens=new, do_sample=False
+        )[0, len(prompt) :].tolist()
+
+    def request(name: str | None) -> EngineRequest:
+        return EngineRequest(tuple(prompt), max_new_tokens=new, adapter=name)
+
+    names = [None, *ADAPTERS, "base"]
+    tokens = {name: expected(name) for name in (None, *ADAPTERS)}
+    assert len({tuple(ids) for ids in tokens.values()}) == len(tokens)
+    first = run_all(engine, [request(name) for name in names])
+    assert [answer.ids for answer in first] == [tokens[None if name == "base" else name] for name in names]
+    again = run_all(engine, [request(name) for name in names])  # now from blocks of their own
+    assert [answer.ids for answer in again] == [answer.ids for answer in first]
+    assert all(answer.cached_tokens == 40 for answer in again)
+
+    number = engine.submit(request("rs"))
+    engine.step()
+    with pytest.raises(ConfigError, match="'rs' is in use by 1 request"):
+        engine.unload_adapter("rs")
+    engine.cancel(number)
+    engine.unload_adapter("rs")
+    with pytest.raises(ConfigError, match="'rs' is not a loaded adapter"):
+        engine.submit(request("rs"))
+    engine.load_adapter("rs", folder / "patterns")  # another adapter under its name: nothing computed before is used
+    answer = run_all(engine, [request("rs")])[0]
+    assert answer.ids == tokens["patterns"] and answer.cached_tokens == 0
+
+
+def test_base_requests_have_the_same_bits_beside_adapters_as_alone(base):
+    """In bf16, where a change of the last bit would be seen in the log-probabilities."""
+    _, folder = base
+    cfg = Config()
+    cfg.device.kind, cfg.generate.dtype, cfg.engine.num_blocks = "cpu", "bf16", 60
+    engine, _ = open_engine(folder / "base", builtin_tokenizer(), (), cfg, {"wide": folder / "wide"})
+
+    def requests(name: str | None, greedy: bool) -> list[EngineRequest]:
+        sampling = Sampling() if greedy else Sampling(temperature=0.8, seed=4)
+        logprobs = None if greedy else 0
+        return [EngineRequest(tuple(ids), sampling, 6, adapter=name, logprobs=logprobs) for ids in IDS[:3].tolist()]
+
+    for greedy in (True, False):
+        alone = run_all(engine, requests(None, greedy))
+        adapted = run_all(engine, requests("wide", greedy))
+        mixed = [request for pair in zip(requests(None, greedy), requests("wide", greedy)) for request in pair]
+        beside = run_all(engine, mixed)
+        for place, answer in enumerate(alone):
+            assert (beside[2 * place].ids, beside[2 * place].logprobs) == (answer.ids, answer.logprobs)
+        assert [answer.ids for answer in beside[1::2]] == [answer.ids for answer in adapted]
+        assert alone[0].ids != adapted[0].ids
 
 
 @torch.no_grad()
