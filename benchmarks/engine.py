@@ -1,0 +1,265 @@
+"""The engine beside transformers, and beside llama.cpp and vLLM where they are installed: batches 1, 8, 32, and prefill.
+
+    python benchmarks/engine.py [--model qwen2_5_0_5b] [--prompt 128] [--new 64] [--batches 1,8,32] [--rounds 3]
+                                [--peers transformers,llama,vllm] [--llama-python PYTHON]
+
+Random weights in the shape of the model, the same for everyone, bf16, greedy, no end token. Everybody answers a batch of
+prompts twice: one token, which is the prefill, and --new tokens; the difference is the decoding. Rounds alternate between
+contenders, so that a disturbance meets all alike; the median of the rounds counts. llama.cpp runs from the interpreter
+that has llama-cpp-python and gguf (``--llama-python`` or BENCH_LLAMA_PYTHON), vLLM from this one. A decode step has to read
+every weight once and to multiply it by each row: the longer of the two at the speeds measured here is the roofline. The
+last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPO), str(Path(__file__).resolve().parent)]
+
+from decode import bytes_per_token, random_decoder, show  # noqa: E402
+from roofline import Busy, Roofline, commit, machine, measure  # noqa: E402
+
+from research.core.errors import UserError, run_cli  # noqa: E402
+
+# A contender answers prompts with so many tokens each and returns the seconds that took.
+Contender = Callable[[list[list[int]], int], float]
+PREFILL = 8  # prompts of the prefill's measurement
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="qwen2_5_0_5b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", default="transformers,llama,vllm", help="those that are not installed are left out")
+    parser.add_argument("--llama-python", default=os.environ.get("BENCH_LLAMA_PYTHON"))
+    args = parser.parse_args(argv)
+    batches = [int(b) for b in args.batches.split(",")]
+
+    import torch
+
+    roof = measure(3.0)
+    show(f"roofline {json.dumps(roof.to_json())}")
+    decoder = random_decoder(args.model, args.layers, torch.bfloat16)
+    random = torch.Generator().manual_seed(0)
+    most = max([PREFILL, *batches])
+    prompts = torch.randint(decoder.spec.vocab, (most, args.prompt), generator=random).tolist()
+
+    cells = [("prefill", prompts[:PREFILL], 1)]
+    for batch in batches:
+        cells += [(f"first {batch}", prompts[:batch], 1), (f"all {batch}", prompts[:batch], args.new)]
+    seconds: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder, Busy() as busy:
+        contenders = {"ours": ours(decoder, args.prompt + args.new, most)}
+        contenders |= peers(decoder, args, most, Path(folder))
+        for round_number in range(args.rounds + 1):
+            for label, some, new in cells:
+                if round_number == 0 and new > 1:
+                    new = 3  # the first round warms up
+                for name, run in contenders.items():
+                    took = run(some, new)
+                    if round_number:
+                        seconds.setdefault(name, {}).setdefault(label, []).append(took)
+            if round_number:
+                show(f"round {round_number}: {json.dumps(rates(seconds, batches, args))}")
+
+    found = rates(seconds, batches, args)
+    result = {
+        "benchmark": "engine",
+        "commit": commit(),
+        **machine(),
+        "model": args.model,
+        "layers": decoder.spec.layers,
+        "prompt": args.prompt,
+        "new": args.new,
+        "rounds": args.rounds,
+        "roofline": roof.to_json(),
+        "busy": None if busy.share is None else round(busy.share, 3),
+        "tokens_per_s": found,
+        "of_roofline": shares(found, decoder, roof, batches),
+        "ratios": {
+            peer: {cell: round(found["ours"][cell] / found[peer][cell], 2) for cell in found[peer]}
+            for peer in found
+            if peer != "ours"
+        },
+    }
+    print(json.dumps(result))
+    return 0
+
+
+def rates(seconds: dict, batches: list[int], args) -> dict[str, dict[str, float]]:
+    """Tokens/s of each contender and cell, of the medians so far."""
+    out: dict[str, dict[str, float]] = {}
+    for name, times in seconds.items():
+        middle = {label: statistics.median(values) for label, values in times.items()}
+        out[name] = {"prefill": round(PREFILL * args.prompt / middle["prefill"], 1)}
+        for batch in batches:
+            decoding = middle[f"all {batch}"] - middle[f"first {batch}"]
+            out[name][f"batch {batch}"] = round(batch * (args.new - 1) / max(decoding, 1e-9), 1)
+    return out
+
+
+def shares(found: dict, decoder, roof: Roofline, batches: list[int]) -> dict[str, dict[str, float]]:
+    """Each rate as a share of the fastest that memory and processor allow here."""
+    spec = decoder.spec
+    needed, active = bytes_per_token(decoder), spec.active_parameters()
+    active -= 0 if spec.tied else spec.vocab * spec.hidden
+    product = max(roof.gemm("bf16"), roof.gemm("fp32"))
+    bound = {f"batch {b}": b / max(needed / roof.read, 2 * active * b / product) for b in batches}
+    bound["prefill"] = product / (2 * (active - spec.vocab * spec.hidden))
+    return {name: {cell: round(rate / bound[cell], 3) for cell, rate in cells.items()} for name, cells in found.items()}
+
+
+# --- contenders -------------------------------------------------------------------------------------------------
+
+
+def ours(decoder, length: int, batch: int) -> Contender:
+    from research.core.config.schema import EngineConfig
+    from research.core.engine.api import EngineRequest
+    from research.core.engine.engine import PagedEngine
+
+    blocks = batch * (-(-length // 16) + 1)
+    # Without prefixes: every round brings the same prompts.
+    settings = EngineConfig(num_blocks=blocks, max_batch=batch, prefix_cache=False)
+    engine = PagedEngine(decoder, Numbers(), settings)
+
+    def run(prompts: list[list[int]], new: int) -> float:
+        start = time.perf_counter()
+        for prompt in prompts:
+            engine.submit(EngineRequest(tuple(prompt), max_new_tokens=new, ignore_eos=True))
+        tokens = 0
+        while engine.has_work():
+            tokens += sum(len(update.tokens) for update in engine.step())
+        assert tokens == new * len(prompts)
+        return time.perf_counter() - start
+
+    return run
+
+
+class Numbers:
+    """A vocabulary without texts: the benchmark counts tokens."""
+
+    def stream(self, skip_special: bool = True) -> Numbers:
+        return self
+
+    def push(self, token: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+def peers(decoder, args, batch: int, folder: Path) -> dict[str, Contender]:
+    chosen = args.peers.split(",") if args.peers else []
+    for name in chosen:
+        if name not in ("transformers", "llama", "vllm"):
+            raise UserError(f"{name!r} is not a peer", where="--peers", hint="transformers, llama, vllm")
+    found: dict[str, Contender] = {}
+    if "transformers" in chosen:
+        found["transformers"] = transformers_static(decoder)
+    external = [n for n in ("llama", "vllm") if n in chosen and (n == "llama") <= bool(args.llama_python)]
+    external = [n for n in external if n == "llama" or importlib.util.find_spec("vllm") is not None]
+    if external:
+        from research.core.torch.weights import save_decoder
+
+        save_decoder(decoder, folder / "weights")
+    if "llama" in external:
+        script = Path(__file__).resolve().parent / "_llama_contender.py"
+        words = [args.llama_python, str(script), str(folder / "weights"), str(batch), str(args.prompt + args.new)]
+        found["llama"] = Outside(words)
+    if "vllm" in external:
+        found["vllm"] = vllm_engine(folder / "weights", batch, args.prompt + args.new)
+    return found
+
+
+def transformers_static(decoder) -> Contender:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from research.core.spec import spec_to_hf
+
+    config = AutoConfig.for_model(**spec_to_hf(decoder.spec))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict({k: v.clone() for k, v in decoder.state_dict().items()}, strict=True, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies were made on the meta device, too
+    model.eval()
+
+    def run(prompts: list[list[int]], new: int) -> float:
+        settings = GenerationConfig(
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation="static",
+            disable_compile=True,
+        )
+        ids = torch.tensor(prompts)
+        start = time.perf_counter()
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        assert out.shape == (len(prompts), len(prompts[0]) + new)
+        return time.perf_counter() - start
+
+    return run
+
+
+class Outside:
+    """A contender in a process of its own: one JSON line per call, one answer. Its output goes to this one's."""
+
+    def __init__(self, words: list[str]):
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer()
+
+    def __call__(self, prompts: list[list[int]], new: int) -> float:
+        self._process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()["seconds"]
+
+    def _answer(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            raise UserError(
+                f"the peer ended with status {self._process.wait()}", where=" ".join(self._process.args[:2])
+            )
+        return json.loads(line)
+
+
+def vllm_engine(weights: Path, batch: int, length: int) -> Contender:
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        str(weights),
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=length,
+        max_num_seqs=batch,
+        enable_prefix_caching=False,
+    )
+
+    def run(prompts: list[list[int]], new: int) -> float:
+        settings = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, detokenize=False, ignore_eos=True)
+        start = time.perf_counter()
+        engine.generate([{"prompt_token_ids": p} for p in prompts], settings, use_tqdm=False)
+        return time.perf_counter() - start
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

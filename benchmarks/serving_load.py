@@ -1,0 +1,214 @@
+"""The engine under load: many requests at once, of mixed lengths, every fourth opening with one common prefix.
+
+    python benchmarks/serving_load.py [--shapes tiny,qwen2_5_0_5b] [--requests 64] [--rounds 3]
+                                      [--prompt 32,512] [--new 16,128] [--prefix 256] [--seed 0] [--peers transformers]
+
+Random weights, bf16, greedy, no end token; ``tiny`` has 4 layers of 256 and the real vocabulary. All requests are submitted at
+once. Reported: output tokens/s over the whole run, and the median and the 95th percentile of the time to the first token
+and between two tokens of an answer. The peer, transformers with a static cache, answers the same requests in batches of
+16, sorted by length and padded. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPO), str(Path(__file__).resolve().parent)]
+
+from decode import random_decoder, show  # noqa: E402
+from engine import Numbers  # noqa: E402
+from roofline import Busy, commit, machine  # noqa: E402
+
+from research.core.errors import run_cli  # noqa: E402
+
+PEER_BATCH = 16
+
+
+@dataclass
+class Load:
+    prompts: list[list[int]]
+    new: list[int]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="tiny,qwen2_5_0_5b")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--prompt", default="32,512", help="shortest and longest")
+    parser.add_argument("--new", default="16,128", help="fewest and most")
+    parser.add_argument("--prefix", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peers", default="transformers", help="transformers, or nothing")
+    args = parser.parse_args(argv)
+
+    shapes = {}
+    with Busy() as busy:
+        for shape in args.shapes.split(","):
+            shapes[shape] = run_shape(shape, args)
+            show(f"{shape}: {json.dumps(shapes[shape])}")
+    share = None if busy.share is None else round(busy.share, 3)
+    result = {"benchmark": "serving_load", "commit": commit(), **machine(), "busy": share, "requests": args.requests}
+    print(json.dumps(result | {"rounds": args.rounds, "shapes": shapes}))
+    return 0
+
+
+def run_shape(shape: str, args) -> dict:
+    decoder = tiny() if shape == "tiny" else bf16_decoder(shape)
+    load = draw_load(decoder.spec.vocab, args)
+    engine, rounds, peer_seconds = new_engine(decoder, load), [], []
+    peer = transformers_batches(decoder) if args.peers == "transformers" else None
+    for round_number in range(args.rounds + 1):
+        # Other tokens in each round: the prefixes of the last one must not be found again.
+        fresh = shifted(load, round_number, decoder.spec.vocab)
+        measured = serve(engine, fresh)
+        took = None if peer is None else peer(fresh)
+        if round_number:  # the first one warms up
+            rounds.append(measured)
+            peer_seconds.append(took)
+    middle = {key: round(statistics.median(r[key] for r in rounds), 4) for key in rounds[0]}
+    if peer is not None:
+        rate = sum(load.new) / statistics.median(peer_seconds)
+        middle["transformers_tokens_per_s"] = round(rate, 1)
+        middle["ratio"] = round(middle["tokens_per_s"] / rate, 2)
+    engine.close()
+    return middle
+
+
+def bf16_decoder(name: str):
+    import torch
+
+    return random_decoder(name, None, torch.bfloat16)
+
+
+def tiny():
+    import torch
+
+    from research.core.spec import DecoderSpec
+    from research.core.torch.decoder import Decoder
+    from research.core.torch.packed_linear import pack_frozen_linears
+
+    spec = DecoderSpec(
+        "qwen2",
+        layers=4,
+        hidden=256,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        ffn=1024,
+        vocab=151936,
+        max_positions=4096,
+        tied=True,
+    )
+    decoder = Decoder(spec).init_weights(0).to(torch.bfloat16).eval().requires_grad_(False)
+    decoder.tie()
+    pack_frozen_linears(decoder)
+    return decoder
+
+
+def draw_load(vocab: int, args) -> Load:
+    numbers = random.Random(args.seed)
+    (low, high), (few, many) = (tuple(map(int, pair.split(","))) for pair in (args.prompt, args.new))
+    prefix = [numbers.randrange(vocab) for _ in range(args.prefix)]
+    prompts, new = [], []
+    for i in range(args.requests):
+        length = numbers.randint(low, high)
+        prompt = [numbers.randrange(vocab) for _ in range(length)]
+        if i % 4 == 0:  # as long as drawn, or the prefix and a few more
+            prompt = prefix + prompt[args.prefix :] + prompt[:8]
+        prompts.append(prompt)
+        new.append(numbers.randint(few, many))
+    return Load(prompts, new)
+
+
+def shifted(load: Load, by: int, vocab: int) -> Load:
+    return Load([[(token + 7919 * by) % vocab for token in prompt] for prompt in load.prompts], load.new)
+
+
+def new_engine(decoder, load: Load):
+    from research.core.config.schema import EngineConfig
+    from research.core.engine.engine import PagedEngine
+
+    blocks = sum(-(-(len(p) + n) // 16) for p, n in zip(load.prompts, load.new)) + 64
+    return PagedEngine(decoder, Numbers(), EngineConfig(num_blocks=blocks))
+
+
+def serve(engine, load: Load) -> dict[str, float]:
+    from research.core.engine.api import EngineRequest
+
+    start, arrivals = time.perf_counter(), {}
+    for prompt, new in zip(load.prompts, load.new):
+        arrivals[engine.submit(EngineRequest(tuple(prompt), max_new_tokens=new, ignore_eos=True))] = []
+    while engine.has_work():
+        updates = engine.step()
+        now = time.perf_counter()
+        for update in updates:
+            arrivals[update.request] += [now] * len(update.tokens)
+    seconds = time.perf_counter() - start
+    assert sorted(map(len, arrivals.values())) == sorted(load.new)
+    first = [times[0] - start for times in arrivals.values()]
+    between = [b - a for times in arrivals.values() for a, b in pairwise(times)]
+    return {
+        "tokens_per_s": sum(load.new) / seconds,
+        "first_p50_s": percentile(first, 50),
+        "first_p95_s": percentile(first, 95),
+        "between_p50_s": percentile(between, 50),
+        "between_p95_s": percentile(between, 95),
+    }
+
+
+def percentile(values: list[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def transformers_batches(decoder):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from research.core.spec import spec_to_hf
+
+    config = AutoConfig.for_model(**spec_to_hf(decoder.spec))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict({k: v.clone() for k, v in decoder.state_dict().items()}, strict=True, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies were made on the meta device, too
+    model.eval()
+
+    def run(load: Load) -> float:
+        order = sorted(range(len(load.prompts)), key=lambda i: (load.new[i], len(load.prompts[i])))
+        start = time.perf_counter()
+        for first in range(0, len(order), PEER_BATCH):
+            some = order[first : first + PEER_BATCH]
+            longest = max(len(load.prompts[i]) for i in some)
+            ids = torch.zeros(len(some), longest, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(some):
+                ids[row, longest - len(load.prompts[i]) :] = torch.tensor(load.prompts[i])
+                mask[row, longest - len(load.prompts[i]) :] = 1
+            new = max(load.new[i] for i in some)
+            settings = GenerationConfig(
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+                cache_implementation="static",
+                disable_compile=True,
+            )
+            model.generate(ids, attention_mask=mask, generation_config=settings)
+        return time.perf_counter() - start
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
