@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready$(if $(filter mindspore,$(BACKEND)),-mindspore)
 
 # What a user sets: make finetune MODEL=qwen1_5_7b CARDS=8 ARGS="train.lr=1e-5 data.seq_length=4096"
-export MODEL CARDS NODES NODE_RANK MASTER_ADDR MASTER_PORT BACKEND DEVICE WEIGHTS ADAPTER TOKENIZER DATA RUN OUTPUT A B LOGITS PORT
+export MODEL CARDS NODES NODE_RANK MASTER_ADDR MASTER_PORT BACKEND DEVICE WEIGHTS ADAPTER TOKENIZER DATA RUN OUTPUT A B LOGITS PORT ENGINE
 # To the letter: a prompt may hold dollar signs that make would expand.
 export QWEN_PROMPT := $(value PROMPT)
 export PY := $(BIN)/python
@@ -24,7 +24,7 @@ help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  Variables: MODEL CARDS NODES NODE_RANK MASTER_ADDR MASTER_PORT BACKEND DEVICE WEIGHTS ADAPTER TOKENIZER'
-	@echo '             DATA RUN OUTPUT PROMPT PORT A B LOGITS, and ARGS="setting=value ..." for everything else'
+	@echo '             DATA RUN OUTPUT PROMPT PORT ENGINE A B LOGITS, and ARGS="setting=value ..." for everything else'
 	@echo '  Settings:  research/core/config/schema.py'
 
 setup: $(READY) ## create .venv with the pinned requirements (every target does it by itself)

@@ -30,6 +30,7 @@ if [ "$task" = verify ]; then
 fi
 [ "$task" != serve ] || add serve.port "${PORT:-}"
 add backend "${BACKEND:-}"
+add engine.mode "${ENGINE:-}"
 add device "${DEVICE:-}"
 add parallel.cards "${CARDS:-}"
 add parallel.nodes "${NODES:-}"

@@ -209,7 +209,8 @@ def find_parts(cfg: Config, tokenizer: Tokenizer | None = None) -> Parts:
         raise WeightsError("there are no weights to generate with", hint="WEIGHTS=<folder>")
     check_grid(cfg, weights)
     if (weights / "config.json").is_file():  # else the weights themselves say it, when they are opened
-        check_float(weights)
+        if mode(cfg) != "vllm":
+            check_float(weights)
         check_architecture(cfg, weights)
     beside = weights if weights.is_dir() else weights.parent
     if (weights / "0" / "config.json").is_file():  # parts, each with the vocabulary

@@ -15,6 +15,7 @@ from research.core.launch.ranks import launch, needs_launch
 from research.core.serve.journal import log_as_json
 from research.core.serve.server import KEYS_VARIABLE, bind, read_keys, serve, url
 from research.core.serve.service import Served
+from research.tasks import serve_vllm
 from research.tasks.answering import EngineModel, mode, open_engine_model
 
 # Names the file in which the first of several ranks leaves its status; seconds that the ranks get beyond the drain.
@@ -22,6 +23,8 @@ _ENDED, _LEAVING_S = "QWEN_SERVE_ENDED", 30
 
 
 def run(cfg: Config) -> int:
+    if mode(cfg) == "vllm":
+        return serve_vllm.run(cfg)
     if mode(cfg) != "paged":
         raise ConfigError(
             "the server runs on the paged engine", where=f"engine.mode={cfg.engine.mode}", hint="engine.mode=paged"
