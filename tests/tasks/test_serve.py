@@ -47,6 +47,7 @@ def settings(weights, *words):
     return compose(["task=serve", *common, *engine, *words])
 
 
+@pytest.mark.slow
 def test_it_says_where_it_is_answers_as_predict_does_and_leaves_on_sigterm(weights, capsys, tmp_path):
     question, cfg = "What is 2 + 3?", settings(weights, "generate.max_new_tokens=12")
     cfg.prompt = question
