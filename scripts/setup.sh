@@ -25,5 +25,6 @@ command -v flock >/dev/null && flock 9
   }
 }
 echo "+ $venv/bin/python -m pip install -r $requirements   (once; a few minutes)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+# Not compiled: Python does that for the modules it imports; of the tens of thousands installed most are never asked for.
+"$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check -r "$requirements"
 touch "$stamp"

@@ -1,5 +1,5 @@
 """This repository's CPU kernels as MindSpore operators with gradients: RMSNorm, SwiGLU, rotary, attention over documents,
-cross-entropy, dropout. float32 only, as everything that MindSpore computes on the CPU.
+cross-entropy, dropout, AdamW. float32 only, as everything that MindSpore computes on the CPU.
 
 MindSpore's CPU package has no fused operators, and composites pass over memory five to ten times where these pass once.
 The library is loaded by file and symbol; each operator is made once per process. Shape letters as in
@@ -105,6 +105,14 @@ def dropout():
         return back(dout, key, keep), ops.zeros_like(key), ops.zeros_like(keep)
 
     return _operator("custom_dropout", lambda x, k, p: x, lambda x, k, p: x, bprop)
+
+
+@functools.cache
+def adamw():
+    """(weight, gradient, first, second moment [N], numbers [4], settings [4]) -> weight and both moments after a step; the
+    numbers are factor, rate and both corrections of :class:`research.core.mindspore.optimizer.Update`, the settings beta1,
+    beta2, eps and decay."""
+    return _operator("custom_adamw", lambda w, g, m, v, n, s: (w, m, v), lambda w, g, m, v, n, s: (w, m, v))
 
 
 def epsilon(value: float) -> Tensor:

@@ -168,3 +168,23 @@ OPERATOR(custom_dropout) {
     for (int64_t i = 0; i < n; i++) y[i] = mix(base + (uint64_t)i * 0x9e3779b97f4a7c15ull) <= bound ? x[i] * factor : 0;
     return 0;
 }
+
+// AdamW (arXiv 1711.05101): weight, gradient, first and second moment [N], numbers [4] (factor on the gradients, learning
+// rate, 1 - beta1^step, root of 1 - beta2^step), settings [4] (beta1, beta2, eps, decay) -> weight and both moments anew
+OPERATOR(custom_adamw) {
+    const int64_t n = c.elements(0);
+    const float factor = c.at(4)[0], rate = c.at(4)[1], correction1 = c.at(4)[2], correction2 = c.at(4)[3];
+    const float beta1 = c.at(5)[0], beta2 = c.at(5)[1], eps = c.at(5)[2];
+    const float kept = 1 - rate * c.at(5)[3], size = rate / correction1;
+    const float *weight = c.at(0), *gradient = c.at(1), *first = c.at(2), *second = c.at(3);
+    float *new_weight = c.at(6), *new_first = c.at(7), *new_second = c.at(8);
+#pragma omp parallel for simd num_threads(threads(n)) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const float g = gradient[i] * factor;
+        const float m = first[i] * beta1 + g * (1 - beta1), v = second[i] * beta2 + g * g * (1 - beta2);
+        new_first[i] = m;
+        new_second[i] = v;
+        new_weight[i] = weight[i] * kept - size * (m / (__builtin_sqrtf(v) / correction2 + eps));
+    }
+    return 0;
+}
