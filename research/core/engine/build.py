@@ -104,7 +104,7 @@ def engine_of(
     dtype, device = decoder.model.embed_tokens.weight.dtype, world.device
     settings = check_settings(settings, decoder)
     if world.size > 1:
-        dist.barrier()  # every rank's weights are in memory
+        world.sum(0)  # when all are here, every rank's weights are in memory
         settings = _share(settings, world)
     blocks = count_blocks(settings, decoder.spec, dtype, device, say=say) if decoder.spec.causal else 1
     slots = AdapterSlots(decoder)

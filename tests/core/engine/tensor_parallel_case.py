@@ -18,7 +18,7 @@ import torch
 
 from research.core.config.schema import Config
 from research.core.engine import build
-from research.core.engine.api import EngineRequest
+from research.core.engine.api import EmbedRequest, EngineRequest
 from research.core.engine.run_all import run_all
 from research.core.errors import WeightsError
 from research.core.generation.sampling import Sampling
@@ -27,7 +27,7 @@ from research.core.native.build import library
 from research.core.text.builtin import builtin_tokenizer
 from research.core.torch.multi_lora import AdapterSlots
 
-CASES = ("dense", "parts", "tied", "mixture", "qwen1")
+CASES = ("dense", "parts", "tied", "mixture", "qwen1", "embedding")
 ADAPTED = ("dense", "mixture")
 NEW = 12
 
@@ -59,12 +59,17 @@ def main(folder: Path, rank: int) -> dict:
     tokenizer, cfg = builtin_tokenizer(), settings()
     for case in CASES:
         adapters = {name: folder / f"{case}-{name}" for name in ("one", "two")} if case in ADAPTED else {}
+        cfg.model.embedding = case == "embedding"
         try:
             engine, _ = build.open_engine(folder / case, tokenizer, (), cfg, adapters)
         except SystemExit:
             assert rank > 0
             continue
         assert rank == 0
+        if case == "embedding":
+            found[case] = embeddings(engine)
+            engine.close()
+            continue
         requests = [
             EngineRequest(tuple(prompt), max_new_tokens=NEW, adapter=adapter_of(case, place))
             for place, prompt in enumerate(prompts(engine.spec.vocab))
@@ -77,6 +82,11 @@ def main(folder: Path, rank: int) -> dict:
             found["again"] = run_all(engine, requests[:1])[0].ids
         engine.close()
     return found
+
+
+def embeddings(engine) -> list:
+    requests = [EmbedRequest(tuple(prompt), normalize=False) for prompt in prompts(engine.spec.vocab)]
+    return [answer.embedding for answer in run_all(engine, requests)]
 
 
 def drawn(engine) -> list:

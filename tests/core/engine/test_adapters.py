@@ -18,7 +18,9 @@ from research.core.engine.build import open_engine
 from research.core.engine.run_all import run_all
 from research.core.errors import ConfigError, WeightsError
 from research.core.generation.sampling import Sampling
+from research.core.spec import DecoderSpec
 from research.core.text.builtin import builtin_tokenizer
+from research.core.torch.decoder import Decoder
 from research.core.torch.multi_lora import AdapterSlots, SlotLinear
 from research.core.torch.weights import load_decoder
 
@@ -178,6 +180,39 @@ def test_adapters_that_do_not_fit_are_refused_by_tensor_and_change_nothing(base,
         table.unload("good")
     adapter.users -= 1
     table.unload("good")
+
+
+@torch.no_grad()
+def test_adapters_of_qwen_v1_may_name_its_own_fused_linears(tmp_path):
+    """c_attn's rows are q, k and v; its gate is w2. Against the same change made to the weights."""
+    spec = DecoderSpec("qwen", 2, 64, 4, 4, 16, 48, 211, 256, dynamic_ntk=False, logn_attention=False, train_length=256)
+    decoder, changed = Decoder(spec).init_weights(1).eval(), Decoder(spec).init_weights(1).eval()
+    parts = {
+        "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attn.c_proj": ("self_attn.o_proj",),
+        "mlp.w1": ("mlp.up_proj",),
+        "mlp.w2": ("mlp.gate_proj",),
+    }
+    generator, tensors = torch.Generator().manual_seed(2), {}
+    for name, modules in parts.items():
+        layers = [changed.get_submodule(f"model.layers.1.{module}") for module in modules]
+        a = torch.randn(3, layers[0].in_features, generator=generator)
+        b = torch.randn(sum(layer.out_features for layer in layers), 3, generator=generator) * 0.02
+        for layer, delta in zip(layers, (2 * b @ a).split([layer.out_features for layer in layers])):
+            layer.weight += delta
+        key = f"base_model.model.transformer.h.1.{name}.lora_{{}}.weight"
+        tensors |= {key.format("A"): a, key.format("B"): b}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["c_attn", "attn.c_proj", "w1", "w2"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    slots = AdapterSlots(decoder)
+    alone = decoder(IDS[:1])
+    slots.load(1, tmp_path)
+    slots.route([24, 24], [0, 1])
+    got = decoder(IDS[[0, 0]])
+    torch.testing.assert_close(got[:1], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got[1:], changed(IDS[:1]), rtol=0, atol=1e-4)
+    assert (got[1] - got[0]).abs().max() > 0.01
 
 
 def test_what_is_wrong_in_lora_adapter_json_is_named(base, tmp_path):

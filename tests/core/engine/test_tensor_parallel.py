@@ -44,6 +44,7 @@ SPECS = {
     "dense": DENSE,
     "tied": replace(DENSE, kv_heads=2, tied=True),
     "mixture": replace(DENSE, model_type="qwen2_moe", moe=MoeSpec(6, 2, 32, 64)),
+    "embedding": replace(DENSE, kv_heads=2, causal=False),
     "qwen1": replace(DENSE, model_type="qwen", kv_heads=8, logn_attention=True, dynamic_ntk=True, train_length=64),
 }
 
@@ -73,7 +74,7 @@ def ranks(tmp_path_factory):
     folder, threads = tmp_path_factory.mktemp("ranks"), torch.get_num_threads()
     torch.set_num_threads(1)  # tiny products: threads would wait for each other
     for name, spec in SPECS.items():
-        save_decoder(Decoder(spec).init_weights(1), folder / name)
+        save_decoder(Decoder(spec, head=name != "embedding").init_weights(1), folder / name)
     reshard(folder / "dense", folder / "parts", ReshardOptions("parts", Grid(tensor=2)), NOTHING_SAID)
     for name in ADAPTED:
         _write_adapter(folder / name, folder / f"{name}-one", "all-linear", 4, 5)
@@ -95,7 +96,7 @@ def ranks(tmp_path_factory):
 @pytest.mark.slow
 def test_greedy_tokens_on_2_and_4_ranks_are_the_plain_decoders(ranks):
     folder, found, _, _ = ranks
-    for case in CASES:
+    for case in [case for case in CASES if case != "embedding"]:
         decoders = {None: load_decoder(folder / ("dense" if case == "parts" else case), torch.float32)}
         for name in ("one", "two") if case in ADAPTED else ():
             decoders[name] = load_decoder(folder / case, torch.float32)
@@ -119,6 +120,18 @@ def test_tokens_drawn_on_several_ranks_are_those_of_one_with_their_log_probabili
     for size in found.values():
         assert size["drawn"][0] == tokens
         assert size["drawn"][1] == pytest.approx(logprobs, abs=1e-4)  # fp32, sums in another order
+
+
+@pytest.mark.slow
+def test_embeddings_on_several_ranks_are_the_plain_decoders(ranks):
+    folder, found, _, _ = ranks
+    decoder = load_decoder(folder / "embedding", torch.float32, head=False)
+    for place, prompt in enumerate(prompts(DENSE.vocab)):
+        with torch.no_grad():
+            expected = decoder.embed(torch.tensor([prompt]), normalize=False)[0]
+        for size in found.values():
+            # fp32 values around 1, sums in another order
+            torch.testing.assert_close(torch.tensor(size["embedding"][place]), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
