@@ -22,6 +22,7 @@ Arrived = tuple[int, Update, float]  # which of an inbox's requests, what came, 
 
 # Steps that fail one after another before the engine is given up; the requests of each have been ended with an error.
 FAULTS = 3
+STOPPING = "the server is stopping"
 STATS_EVERY_S = 0.2
 
 
@@ -87,7 +88,7 @@ class Driver:
                 if time.monotonic() - self._read_stats > STATS_EVERY_S or not self._places:
                     self._note_stats()
         finally:
-            self._end_all("the server is stopping")
+            self._end_all(STOPPING)
             self.engine.close()
 
     def _run_commands(self) -> None:

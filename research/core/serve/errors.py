@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from research.core.errors import UserError
-from research.core.serve.driver import EngineFailed
+from research.core.serve.driver import STOPPING, EngineFailed
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ def bad(param: str, message: str, code: str | None = None) -> ApiError:
 
 def engine_trouble(error: str | None) -> ApiError:
     """A request that the engine had to give up."""
+    if error == STOPPING:
+        return ApiError(503, f"{STOPPING}, and did not wait for this answer", code="draining")
     return ApiError(500, f"the engine gave this request up: {error}", code="engine_error")
 
 

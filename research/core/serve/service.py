@@ -27,6 +27,8 @@ from research.core.text.template import ChatTemplate
 
 T = TypeVar("T")
 
+BASE = "base"  # the model without an adapter, as lora_adapter.json's readers call it
+
 # Texts up to this length are tokenised at once; longer ones in a thread, while others are answered.
 _INLINE_CHARS = 20_000
 # Retry-After: how far back the rate of ended requests looks, and the longest wait that is asked for.
@@ -85,7 +87,7 @@ class Service:
         was started with. 404 for any other name."""
         if model is None:
             return self.served.adapter if self.served.adapter in self.driver.adapters else None
-        if model == self.served.name:
+        if model in (self.served.name, BASE):
             return None
         if model in self.driver.adapters:
             return model

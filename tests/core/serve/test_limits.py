@@ -259,39 +259,41 @@ import sys
 from tests.core.serve.conftest import Served, ServeConfig, Sampling, get_template, bind, url
 from tests.core.serve.fake_engine import FakeEngine
 from research.core.serve.server import serve
-engine = FakeEngine(lambda request, choice: "word " * 60, step_s=0.01)
-served = Served("m", engine, get_template("qwen2_5"), Sampling(), ServeConfig(drain_s=float(sys.argv[1])))
+engine = FakeEngine(lambda request, choice: "word " * (60 if request.n == 1 else 4000), step_s=0.01, length_limit=9000)
+served = Served("m", engine, get_template("qwen2_5"), Sampling(), ServeConfig(drain_s=60))
 listener = bind("127.0.0.1", 0)
 status = serve(served, listener, lambda: print(url(listener), flush=True))
 assert engine.closed
 sys.exit(status)
 """
+JSON = {"Content-Type": "application/json"}
 
 
-@pytest.mark.parametrize("drain_s", [20, 0.1])
-def test_sigterm_ends_what_runs_takes_nothing_new_and_exits_0(repo, drain_s):
-    program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(drain_s)], cwd=repo, stdout=subprocess.PIPE, text=True
-    )
+def test_sigterm_ends_what_runs_takes_nothing_new_and_exits_0_a_second_one_does_not_wait(repo):
+    """60 words are soon through; two answers of 4,000 would take the whole time that the drain has."""
+    program = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=repo, stdout=subprocess.PIPE, text=True)
+
+    def begin(**fields):
+        connection = http.client.HTTPConnection(address, timeout=20)
+        connection.request("POST", "/v1/chat/completions", json.dumps({**CHAT, "stream": True, **fields}), JSON)
+        answer = connection.getresponse()
+        return answer, answer.read1(10)
+
     try:
         address = program.stdout.readline().strip().removeprefix("http://")
-        stream = http.client.HTTPConnection(address, timeout=20)
-        stream.request(
-            "POST", "/v1/chat/completions", json.dumps({**CHAT, "stream": True}), {"Content-Type": "application/json"}
-        )
-        answer = stream.getresponse()
-        first = answer.read1(10)
+        (short, short_text), (long, long_text) = begin(), begin(n=2)
         program.send_signal(signal.SIGTERM)
-        if drain_s > 1:
-            other = http.client.HTTPConnection(address, timeout=20)
-            until(lambda: (other.request("GET", "/health"), other.getresponse().read())[1] == b'{"status":"draining"}')
-            other.request("POST", "/v1/chat/completions", json.dumps(CHAT), {"Content-Type": "application/json"})
-            refused = other.getresponse()
-            assert refused.status == 503 and refused.headers["Retry-After"]
-            other.close()
-        text = (first + answer.read()).decode()
-        whole = text.count('"content":"word') + text.count('"content":" word') == 60 and "[DONE]" in text
-        assert whole if drain_s > 1 else '"error"' in text and "[DONE]" not in text
+        other = http.client.HTTPConnection(address, timeout=20)
+        until(lambda: (other.request("GET", "/health"), other.getresponse().read())[1] == b'{"status":"draining"}')
+        other.request("POST", "/v1/chat/completions", json.dumps(CHAT), JSON)
+        refused = other.getresponse()
+        assert refused.status == 503 and refused.headers["Retry-After"] and refused.read()
+        text = (short_text + short.read()).decode()
+        assert text.count('"content":"word') + text.count('"content":" word') == 60 and "[DONE]" in text
+        assert program.poll() is None
+        program.send_signal(signal.SIGTERM)
+        text = (long_text + long.read()).decode()
+        assert '"error"' in text and "[DONE]" not in text
         assert program.wait(20) == 0
     finally:
         program.kill()

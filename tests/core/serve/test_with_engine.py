@@ -25,7 +25,9 @@ MODEL = "qwen2_5_tiny"
 def make_engine() -> PagedEngine:
     tokenizer = builtin_tokenizer()
     decoder = random_decoder(replace(SPEC, vocab=tokenizer.vocab_size))
-    return PagedEngine(decoder, tokenizer, EngineConfig(num_blocks=600, attention="sdpa", native_step=False), tokenizer.eos_ids())
+    return PagedEngine(
+        decoder, tokenizer, EngineConfig(num_blocks=600, attention="sdpa", native_step=False), tokenizer.eos_ids()
+    )
 
 
 @pytest.fixture(scope="module")
