@@ -81,10 +81,10 @@ ranktable: ## the rank table of this host's NPUs, of several hosts' tools/merge_
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) tools/hccl_tools.py --device_num "[0,$${CARDS:-8})" --device_num_per_node $${CARDS:-8} $(if $(SERVER_IP),--server_ip $(SERVER_IP)) $(ARGS)
 
 test: $(VENV)/.ready-dev ## every test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(VENV)/.ready-dev ## the tests that take seconds
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 bench: $(VENV)/.ready-dev ## every benchmark, each beside its peer; results as JSON lines
 	@scripts/bench.sh $(ARGS)
