@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from research.core.engine.api import TokenLogprob
 from research.core.engine.constraint import Match
-from research.core.generation.sampling import Sampling
-from research.core.torch.sampler import candidates, discourage, draw, penalize
+from research.core.generation.sampler import candidates, discourage, draw, penalize
+from research.core.generation.sampling import Sampling, UniformStream
 
 
 class RowSampler:
     """How one answer chooses: its settings, its own stream of random numbers, the tokens it has seen, what it must match.
 
     Draws exactly one number per token, so the answer does not depend on what else is in the batch, and is that of
-    :class:`research.core.torch.sampler.Sampler`.
+    :class:`research.core.generation.sampler.Sampler`.
     """
 
     def __init__(
@@ -25,38 +26,34 @@ class RowSampler:
     ):
         self.sampling, self.match = sampling, match
         self.plain_greedy = sampling.plain_greedy and match is None
-        self._generator = None if sampling.greedy else torch.Generator().manual_seed(sampling.seed + choice)
+        self._stream = None if sampling.greedy else UniformStream(sampling.seed + choice)
         self._seen = self._counts = None
         if sampling.repetition_penalty != 1:
-            self._seen = torch.zeros(vocab, dtype=torch.bool)
-            self._seen[torch.tensor(list(prompt))] = True
+            self._seen = np.zeros(vocab, bool)
+            self._seen[np.array(prompt)] = True
         if sampling.counts:
-            self._counts = torch.zeros(vocab)
+            self._counts = np.zeros(vocab, np.float32)
 
-    def __call__(self, logits_V: Tensor) -> int:
+    def __call__(self, logits_V: np.ndarray) -> int:
         scores_V, sampling = logits_V, self.sampling
         if self._seen is not None:
-            scores_V = penalize(scores_V, self._seen.to(scores_V.device), sampling.repetition_penalty)
+            scores_V = penalize(scores_V, self._seen, sampling.repetition_penalty)
         if self._counts is not None:
-            scores_V = discourage(scores_V, self._counts.to(scores_V.device), sampling)
+            scores_V = discourage(scores_V, self._counts, sampling)
         if self.match is not None:
-            allowed_V = torch.from_numpy(self.match.allowed()).to(scores_V.device)
-            scores_V = torch.where(allowed_V, scores_V, float("-inf"))
+            scores_V = np.where(self.match.allowed(), scores_V, np.float32("-inf"))
         if sampling.greedy:
             token = int(scores_V.argmax())
         else:
             probs_K, ids_K = candidates(scores_V, sampling)
-            token = int(ids_K[draw(probs_K, self._generator)])
-        self.saw(token)
-        return token
-
-    def saw(self, token: int) -> None:
+            token = int(ids_K[draw(probs_K, self._stream())])
         if self.match is not None:
             self.match.take(token)
         if self._seen is not None:
             self._seen[token] = True
         if self._counts is not None:
             self._counts[token] += 1
+        return token
 
 
 def choose(logits_SV: Tensor, samplers: Sequence[RowSampler], rows: Sequence[int]) -> list[int]:
@@ -65,7 +62,12 @@ def choose(logits_SV: Tensor, samplers: Sequence[RowSampler], rows: Sequence[int
         best = logits_SV.tolist()
         return [best[row] for row in rows]
     best = best_tokens(logits_SV) if any(sampler.plain_greedy for sampler in samplers) else []
-    return [best[row] if sampler.plain_greedy else sampler(logits_SV[row]) for sampler, row in zip(samplers, rows)]
+    others = sorted({row for sampler, row in zip(samplers, rows) if not sampler.plain_greedy})
+    if logits_SV.device.type == "cpu":
+        host = logits_SV.numpy()
+    elif others:  # one copy for all of them
+        host = dict(zip(others, logits_SV[others].cpu().numpy()))
+    return [best[row] if sampler.plain_greedy else sampler(host[row]) for sampler, row in zip(samplers, rows)]
 
 
 def best_tokens(logits_SV: Tensor) -> list[int]:

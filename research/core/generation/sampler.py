@@ -8,11 +8,14 @@ tokens. Shape letters: B rows, V vocabulary, K candidates that are left after th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from research.core.generation.sampling import NUCLEUS_GUESS, Sampling, UniformStream
+
+# Below the largest score, where the tokens that the filters leave are looked for first.
+_DISTANCES = (3.0, 6.0, 12.0)
 
 
 class Sampler:
@@ -83,23 +86,33 @@ def candidates(scores_V: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
     As in transformers, ties with the k-th score stay, and a token stays while the mass before it is below ``top_p``.
     """
     scores_V = scores_V / np.float32(sampling.temperature)
-    vocab = scores_V.shape[-1]
-    if sampling.top_k and sampling.top_k < vocab:
-        least = np.partition(scores_V, vocab - sampling.top_k)[vocab - sampling.top_k]
-        scores_K, ids_K = _falling(scores_V, np.flatnonzero(scores_V >= least))
+    largest = scores_V.max()
+    if sampling.top_k and sampling.top_k < len(scores_V):
+        ids_K = _best(scores_V, largest, lambda ids: len(ids) >= sampling.top_k)
+        if len(ids_K) > 4 * sampling.top_k:
+            least = np.partition(scores_V[ids_K], len(ids_K) - sampling.top_k)[len(ids_K) - sampling.top_k]
+            ids_K = ids_K[scores_V[ids_K] >= least]
+        scores_K, ids_K = _falling(scores_V, ids_K)
+        kept = int((scores_K >= scores_K[sampling.top_k - 1]).sum())
+        scores_K, ids_K = scores_K[:kept], ids_K[:kept]
         log_total = _log_sum(scores_K)
     else:
         log_total = _log_sum(scores_V)
         if sampling.top_p == 1:
             if not sampling.min_p:
-                return np.exp(scores_V - log_total), np.arange(vocab)
-            least = scores_V.max() + np.float32(math.log(sampling.min_p))
+                return np.exp(scores_V - log_total), np.arange(len(scores_V))
+            least = largest + np.float32(math.log(sampling.min_p))
             scores_K, ids_K = _falling(scores_V, np.flatnonzero(scores_V >= least))
             return np.exp(scores_K - _log_sum(scores_K)), ids_K
-        guess = min(NUCLEUS_GUESS, vocab)
-        scores_K, ids_K = _falling(scores_V, np.argpartition(scores_V, vocab - guess)[vocab - guess :])
-        if np.exp(_log_sum(scores_K) - log_total) < sampling.top_p:
-            scores_K, ids_K = _falling(scores_V, np.arange(vocab))
+
+        def holds_nucleus(ids: np.ndarray) -> bool:
+            return bool(np.exp(_log_sum(scores_V[ids]) - log_total) >= sampling.top_p)
+
+        ids_K = _best(scores_V, largest, holds_nucleus)
+        if len(ids_K) > 4 * NUCLEUS_GUESS:
+            guess = ids_K[np.argpartition(scores_V[ids_K], len(ids_K) - NUCLEUS_GUESS)[len(ids_K) - NUCLEUS_GUESS :]]
+            ids_K = guess if holds_nucleus(guess) else ids_K
+        scores_K, ids_K = _falling(scores_V, ids_K)
     probs_K = np.exp(scores_K - log_total)
     if sampling.top_p < 1:
         wide_K = probs_K.astype(np.float64)
@@ -117,6 +130,15 @@ def draw(probs_K: np.ndarray, number: float) -> int:
     return min(int(np.searchsorted(cumulative_K, number * cumulative_K[-1], side="right")), len(cumulative_K) - 1)
 
 
+def _best(scores_V: np.ndarray, largest: np.float32, enough: Callable[[np.ndarray], bool]) -> np.ndarray:
+    """Ids, rising, of all scores above some border that are ``enough``: a look at each, where a sort costs a hundred."""
+    for distance in _DISTANCES:
+        ids = np.flatnonzero(scores_V >= largest - np.float32(distance))
+        if enough(ids):
+            return ids
+    return np.arange(len(scores_V))
+
+
 def _falling(scores_V: np.ndarray, ids_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ids_K = np.sort(ids_K)  # of equal scores the smaller id first
     order = np.argsort(-scores_V[ids_K], kind="stable")
@@ -125,4 +147,4 @@ def _falling(scores_V: np.ndarray, ids_K: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def _log_sum(scores: np.ndarray) -> np.float32:
     largest = scores.max()
-    return np.float32(largest + np.log(np.exp((scores - largest).astype(np.float64)).sum()))
+    return np.float32(largest + np.log(np.exp(scores - largest).sum(dtype=np.float64)))

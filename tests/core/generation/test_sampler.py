@@ -21,6 +21,9 @@ SAMPLINGS = [
     Sampling(temperature=0.7, top_k=50, top_p=0.8, repetition_penalty=1.05, seed=2**40 + 7),
     Sampling(repetition_penalty=1.8),
     Sampling(),
+    Sampling(temperature=1.4, min_p=0.05, seed=4),
+    Sampling(temperature=1.1, top_k=60, top_p=0.99, min_p=0.01, seed=5),
+    Sampling(temperature=0.05, top_k=700),  # as many as the best scores' neighbourhood does not hold
 ]
 
 
@@ -53,7 +56,8 @@ def test_equal_scores_at_the_kth_place_stay():
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0]])
 def test_a_batch_draws_the_tokens_that_torchs_sampler_draws(rows):
-    samplings, prompts = SAMPLINGS[3:4] + SAMPLINGS[6:8], [[5, 6], [7] * 30, list(range(40))]
+    penalties = Sampling(temperature=2.0, presence_penalty=1.0, frequency_penalty=0.5, seed=8)
+    samplings, prompts = [SAMPLINGS[3], SAMPLINGS[6], penalties], [[5, 6], [7] * 30, list(range(40))]
     mine, theirs = ours.Sampler(samplings, prompts, VOCAB), torchs.Sampler(samplings, prompts, VOCAB)
     generator = torch.Generator().manual_seed(5)
     for _ in range(200):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -28,6 +29,8 @@ def _oracle(logits: torch.Tensor, prompt: list[int], sampling: Sampling) -> torc
         chain.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         chain.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        chain.append(MinPLogitsWarper(sampling.min_p))
     return torch.softmax(chain(torch.tensor([prompt]), logits[None].clone()), -1)[0]
 
 
@@ -50,6 +53,8 @@ def _ours(logits: torch.Tensor, prompt: list[int], sampling: Sampling) -> torch.
         Sampling(temperature=1.0, top_p=1e-6),
         Sampling(temperature=0.7, top_k=50, top_p=0.8, repetition_penalty=1.05),
         Sampling(temperature=1.0, repetition_penalty=1.8),
+        Sampling(temperature=1.4, min_p=0.05),
+        Sampling(temperature=1.1, top_k=60, top_p=0.99, min_p=0.01),
     ],
     ids=str,
 )
@@ -120,7 +125,8 @@ def test_greedy_takes_the_largest():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_k": -3}, {"top_p": 0}, {"top_p": 1.5}, {"repetition_penalty": 0}]
+    "wrong",
+    [{"temperature": -1}, {"top_k": -3}, {"top_p": 0}, {"top_p": 1.5}, {"repetition_penalty": 0}, {"min_p": 1.1}],
 )
 def test_impossible_settings_are_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=f"generate.{next(iter(wrong))}"):
