@@ -125,7 +125,7 @@ def export(weights: Path, root: Path, length: int) -> None:
     from research.core.mindspore.mindir import GraphShapes, Meta
     from research.core.spec import spec_to_hf
 
-    decoder, target = half("mindspore", "load_runner").load_plain(weights, FLOAT32, DEVICE)
+    decoder, world = half("mindspore", "load_runner").load_plain(weights, FLOAT32, DEVICE)
     shapes = GraphShapes(length)
     ports = half("mindspore", "export").export_graphs(decoder, shapes, root)
     plain = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -135,7 +135,7 @@ def export(weights: Path, root: Path, length: int) -> None:
         spec_to_hf(decoder.spec),
         shapes,
         "float32",
-        target,
+        world.target,
         (),
         plain,
         "",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from research.core.config.backends import without_effect
+from research.core.config.backends import check_sharing, without_effect
 from research.core.config.compose import compose, compose_resumed, from_yaml, group_options
 from research.core.config.flags import translate
 from research.core.config.schema import Config
@@ -58,6 +58,7 @@ def configuration(words: Sequence[str], family: str | None = None) -> Config:
             where=f"research/{family}/run_{family}.py",
             hint=f"python research/{config.model.family}/run_{config.model.family}.py",
         )
+    check_sharing(config)
     for note in without_effect(config):
         print(f"note: {note}", file=sys.stderr, flush=True)
     return config

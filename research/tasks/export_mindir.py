@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from importlib.metadata import version
 from pathlib import Path
 
 from research.core.config.compose import from_yaml
 from research.core.config.schema import Config
 from research.core.errors import ConfigError, WeightsError
+from research.core.launch.ranks import launch, needs_launch
 from research.core.mindspore.mindir import FULL, INC, META, TOKENIZER, GraphShapes, Meta
 from research.core.spec import spec_to_hf
 from research.core.weights.generation import read_generation_defaults
@@ -31,15 +33,11 @@ OUTPUT = "output"  # the documents' folder
 
 
 def run(cfg: Config) -> int:
-    """Export the weights of ``cfg`` on one rank. Raises UserErrors before anything is written."""
+    """Export the weights of ``cfg``: every rank the graphs of its part. Raises UserErrors before anything is written."""
+    if needs_launch(cfg):
+        return launch(cfg)
     if cfg.model.embedding:
         raise ConfigError("an embedding model has no graphs for generation", where=f"model={cfg.model.name}")
-    if cfg.parallel.cards * cfg.parallel.nodes > 1:
-        raise ConfigError(
-            "graphs of several tensor-parallel ranks are not exported in this version",
-            where=f"parallel.cards={cfg.parallel.cards}",
-            hint="CARDS=1: weights in shards are joined",
-        )
     root = Path(cfg.output or OUTPUT).expanduser()
     for name in (FULL, INC, META, TOKENIZER):
         if (root / name).exists():
@@ -57,7 +55,7 @@ def run(cfg: Config) -> int:
     defaults = read_generation_defaults(beside)
 
     load = half("mindspore", "load_runner").load_plain
-    decoder, target = load(weights, cfg.generate, cfg.device, cfg.adapter, opening(cfg))
+    decoder, world = load(weights, cfg.generate, cfg.device, cfg.adapter, opening(cfg))
     check_architecture(cfg, weights, decoder.spec)
     if tokenizer.vocab_size > decoder.spec.vocab:
         raise WeightsError(
@@ -66,11 +64,14 @@ def run(cfg: Config) -> int:
             hint="TOKENIZER=<the folder that belongs to these weights>",
         )
     shapes.check(decoder.spec)
-    root.mkdir(parents=True, exist_ok=True)
-    aside = root / f".export-{os.getpid()}"
-    try:
-        aside.mkdir()
-        graphs = half("mindspore", "export").export_graphs(decoder, shapes, aside, log=say)
+    world.folder = root
+    aside = root / f".export-{world.tell(os.getpid())}"
+
+    def finish() -> str:
+        """The main rank's: wait for everybody's graphs, put the rest beside them, and give all of it its name."""
+        for rank in range(world.size):
+            while not done_file(aside, rank).is_file():  # a rank that fails ends this one
+                time.sleep(0.2)
         (aside / TOKENIZER).mkdir()
         for name, content in tokenizer_files(tokenizer, template).items():
             (aside / TOKENIZER / name).write_bytes(content)
@@ -82,7 +83,7 @@ def run(cfg: Config) -> int:
             config=spec_to_hf(decoder.spec, dtype),
             shapes=shapes,
             dtype=dtype,
-            target=target,
+            target=world.target,
             eos_ids=end_tokens(cfg, defaults, tokenizer),
             sampling={key: getattr(defaults, key) for key in ("temperature", "top_k", "top_p", "repetition_penalty")},
             tokenizer=tokenizer.fingerprint,
@@ -90,17 +91,32 @@ def run(cfg: Config) -> int:
             template_name=note(cfg, tokenizer, template)["template_name"],
             system=system if cfg.generate.system is None else cfg.generate.system,
             graphs=graphs,
+            ranks=world.size,
             mindspore=version("mindspore"),
             weights=str(weights),
         )
         (aside / META).write_text(meta.text(), encoding="utf-8")
         for name in (*graphs, TOKENIZER, META):  # what says that all is there comes last
             (aside / name).rename(root / name)
+        return str(root)
+
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        graphs = half("mindspore", "export").export_graphs(decoder, shapes, aside, world.rank, log=say)
+        done_file(aside, world.rank).touch()
+        world.after_main("export", finish)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    say(f"exported {cfg.model.name} from {weights}, {_words(shapes)}: {root}")
+        if world.main:
+            shutil.rmtree(aside, ignore_errors=True)
+    ranks = f" on {world.size} ranks" if world.size > 1 else ""
+    say(f"exported {cfg.model.name} from {weights}, {_words(shapes)}{ranks}: {root}")
     say("Export Over!")  # what the documents wait for
     return 0
+
+
+def done_file(aside: Path, rank: int) -> Path:
+    """Says that a rank's graphs are written."""
+    return aside / f"rank_{rank}.done"
 
 
 def graph_shapes(cfg: Config) -> GraphShapes:

@@ -9,6 +9,7 @@ from research.core.config.schema import Config, MindirConfig
 from research.core.errors import ConfigError, UserError, require_file
 from research.core.generation.sampling import Sampling
 from research.core.launch.environment import place
+from research.core.launch.ranks import launch, needs_launch
 from research.core.mindspore import lite
 from research.core.mindspore.mindir import INC, TOKENIZER, Meta, read_meta
 from research.core.run.folder import write_text
@@ -24,6 +25,8 @@ LITE_INI = "lite.ini"
 
 def run(cfg: Config) -> int:
     """Answer with the graphs in ``weights=`` (the OUTPUT of the export; default ``output``)."""
+    if needs_launch(cfg):
+        return launch(cfg)
     root = Path(cfg.weights or OUTPUT).expanduser()
     meta = read_meta(root)
     check_shapes(asked(cfg.mindir), meta)
@@ -84,7 +87,7 @@ def this_rank(meta: Meta) -> int:
         raise ConfigError(
             f"exported for {meta.ranks} ranks, {size} started",
             where="the graphs",
-            hint=f"scripts/msrun_launcher.sh with {meta.ranks} workers" if meta.ranks > 1 else "one process",
+            hint=f"CARDS={meta.ranks}, or scripts/msrun_launcher.sh with as many workers",
         )
     return rank
 

@@ -52,13 +52,13 @@ def measure(job: Job, rows: PackedDataset) -> tuple[float, float]:
     loss_of = own.row_loss(cfg, decoder, rows, world)
     total, targets, size = 0.0, 0, cfg.train.micro_batch
     with Progress(job.run, len(rows), "measure", "rows") as bar:
-        for begin in range(0, len(rows), size * world.size):
-            first = begin + world.rank * size
+        for begin in range(0, len(rows), size * world.data_size):
+            first = begin + world.data_rank * size
             mine = range(first, min(first + size, len(rows)))
             batch = rows.rows(mine or [0], pad_to=own.PAD_TO)
             if not mine:  # every card takes part in every forward, some without a row of their own
                 batch.labels[:] = IGNORE
             total, targets = total + loss_of(batch), targets + batch.supervised
-            bar.update(min(begin + size * world.size, len(rows)), f"loss {total / max(1, targets):.3f}")
+            bar.update(min(begin + size * world.data_size, len(rows)), f"loss {total / max(1, targets):.3f}")
     total, targets = world.sum(total, targets)
     return total, targets

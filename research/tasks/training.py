@@ -106,12 +106,11 @@ def check_training(cfg: Config, spec: DecoderSpec, weights: Path | None) -> None
         raise ConfigError(
             "an embedding model has no output matrix to train", where=f"model={cfg.model.name}", hint="another MODEL"
         )
-    parallel = cfg.parallel
-    if parallel.tensor * parallel.pipeline > 1:
+    if cfg.parallel.pipeline > 1:
         raise ConfigError(
-            "training splits the data and the optimiser's state over the workers, not the layers",
-            where=f"parallel.tensor={parallel.tensor} parallel.pipeline={parallel.pipeline}",
-            hint="parallel.shard=optimizer",
+            "training splits the data, the layers' columns and the optimiser's state over the workers, not the layers",
+            where=f"parallel.pipeline={cfg.parallel.pipeline}",
+            hint=f"parallel.tensor={cfg.parallel.tensor * cfg.parallel.pipeline}, or parallel.shard=optimizer",
         )
     if cfg.data.seq_length > spec.usable_length:
         raise ConfigError(
@@ -156,11 +155,15 @@ def announce(job: Job) -> None:
     if cfg.train.min_lr_ratio and cfg.train.schedule == "constant":
         say("note: train.min_lr_ratio has no effect with a constant schedule")
     if job.world.sharded and cfg.train.sample_every:
-        say("note: no samples while training with parallel.shard=full: a card has only its part of the weights")
+        say(f"note: no samples while training with {_splitting(cfg)}: a card has only its part of the weights")
     if cfg.parallel.shard == "full" and job.world.size == 1:
         say("note: parallel.shard=full has no effect on one card")
     if cfg.train.eval_every and not cfg.data.eval_records:
         say("note: train.eval_every has no effect with data.eval_records=0")
+
+
+def _splitting(cfg: Config) -> str:
+    return "parallel.shard=full" if cfg.parallel.tensor == 1 else f"parallel.tensor={cfg.parallel.tensor}"
 
 
 # --- steps ------------------------------------------------------------------------------------------------------
@@ -264,7 +267,7 @@ def skills_exam(job: Job, folder: Path) -> Exam | None:
     if read_meta(folder)["settings"].get("source") != "skills" or not data.eval_records:
         return None
     if job.world.sharded:
-        job.run.say("note: no exact match with parallel.shard=full: a card has only its part of the weights")
+        job.run.say(f"note: no exact match with {_splitting(job.cfg)}: a card has only its part of the weights")
         return None
     from research.core.evaluation.skills import Exam
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from research.core.config.schema import Config, MindirConfig
 from research.core.errors import ConfigError
+from research.core.spec import spec_from_hf
+from research.core.weights.grid import Grid, shard_model
 
 _TRAINING = ("pretrain", "finetune", "lora")
+_ANSWERS = ("predict", "chat", "export")
 
 
 def check_backend(config: Config) -> None:
@@ -38,6 +41,22 @@ def _check_grid(config: Config) -> None:
     if cards % inner == 0:
         fits += f", or parallel.data={cards // inner}"
     raise ConfigError(f"{what}, and there are {cards}", where=named, hint=fits)
+
+
+def check_sharing(config: Config) -> None:
+    """Raise :class:`ConfigError` when the cards cannot share the model's layers on mindspore; to be called when ``config.model``
+    is known. Answers and graphs are made by all cards together, trainings by ``parallel.tensor`` of them."""
+    parallel = config.parallel
+    together = config.task.name in _ANSWERS
+    cards = parallel.cards * parallel.nodes if together else parallel.tensor
+    if config.backend != "mindspore" or cards == 1 or config.model.hf.get("num_attention_heads") is None:
+        return
+    spec = spec_from_hf({"vocab_size": 1} | {k: v for k, v in config.model.hf.items() if v is not None})
+    try:
+        shard_model(spec, Grid(tensor=cards))
+    except ConfigError as problem:
+        named = f"CARDS={cards}" if together else f"parallel.tensor={cards}"
+        raise ConfigError(problem.what, where=f"{named} with {config.model.name}", hint=problem.hint) from None
 
 
 def _check_torch(config: Config) -> None:
@@ -85,6 +104,10 @@ def without_effect(config: Config) -> list[str]:
     if config.mindir != MindirConfig() and (torch or task not in ("export", "lite")):
         notes.append(
             f"mindir.* has no effect here: it shapes the graphs of `make export BACKEND=mindspore`, not {task}"
+        )
+    if not torch and task in _ANSWERS and (config.parallel.tensor not in (1, cards) or config.parallel.pipeline > 1):
+        notes.append(
+            f"parallel.tensor and pipeline have no effect on {task} with MindSpore: all cards share every layer"
         )
     if config.device.index is not None and cards > 1:
         notes.append("device.index has no effect on several cards: each rank takes the card of its number")

@@ -49,7 +49,8 @@ class _Stage(nn.Cell):
         if not decoder.causal:
             raise ConfigError("generation needs a causal model; this one sees both ways", where="model")
         self.decoder, self.dynamic = decoder, decoder.spec.dynamic_ntk
-        self.kv_heads, self.layers = decoder.spec.kv_heads, decoder.spec.layers
+        self.kv_heads = decoder.model.layers[0].self_attn.kv_heads  # this worker's
+        self.layers = decoder.spec.layers
         self.windowed, self.window = decoder.any_sliding, decoder.window
 
     def with_base(self, rest):

@@ -47,13 +47,24 @@ class Decoder(nn.Cell):
     """
 
     def __init__(
-        self, spec: DecoderSpec, dtype=ms.float32, *, head: bool = True, block: int | None = None, kernels: str = "auto"
+        self,
+        spec: DecoderSpec,
+        dtype=ms.float32,
+        *,
+        head: bool = True,
+        block: int | None = None,
+        kernels: str = "auto",
+        plan=None,
     ):
         """``head=False`` leaves out the output matrix (embedding models). ``block``: static hint for packed rows, no
         document is longer (:func:`research.core.mindspore.layout.choose_block`). ``kernels``: the
-        switch of :func:`research.core.mindspore.fused.choose_kernels`."""
+        switch of :func:`research.core.mindspore.fused.choose_kernels`. ``plan``: the share of ``spec`` to build
+        (:class:`research.core.mindspore.tensor_plan.TensorPlan`); it computes as a whole behind the pass
+        :func:`research.core.mindspore.tensor_parallel.parallelize`."""
         super().__init__()
         self.spec, self.dtype, self.block = spec, dtype, block
+        self.plan, self.joined = plan, False
+        spec = spec if plan is None else plan.local
         self.kernels = choose_kernels(kernels, dtype)
         self.by_runs = self.kernels == "native" and native.attends(spec.head_dim)
         self.model = DecoderModel(spec, dtype, self.kernels)

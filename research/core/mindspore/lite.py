@@ -53,9 +53,9 @@ class GraphCellRuntime:
     name = "MindSpore GraphCell"
 
     def __init__(self, device):
-        from research.core.mindspore import runtime
+        from research.core.mindspore.parallel import World
 
-        runtime.start(device)
+        World.meet(device)  # graphs of several ranks talk to each other
 
     def open(self, meta: Meta, root: Path, rank: int) -> dict[str, Graph]:
         return {kind: GraphCellGraph(graph_file(root, kind, rank)) for kind in meta.graphs}

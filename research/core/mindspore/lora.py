@@ -6,8 +6,9 @@ load and save as if no adapter were there. Matching rules and file format: :mod:
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from research.core import lora as common
 from research.core.config.schema import LoraConfig
 from research.core.mindspore.dropout import Dropout, new_key
 from research.core.mindspore.linear import Linear
+from research.core.mindspore.tensor_plan import TensorPlan
 from research.core.mindspore.weights import set_value, to_numpy
 from research.core.weights.cast import cast
 from research.core.weights.formats import safetensors, torch_bin
@@ -44,10 +46,15 @@ class LoraLinear(nn.Cell):
         self.matmul = ops.MatMul(transpose_b=True)
         self.bias_add = ops.BiasAdd()
 
-    def reset(self, stream: Stream) -> None:
-        """PEFT's initialisation: A Kaiming uniform with a = sqrt 5 (bound 1 / sqrt(in)), B zero; the torch pass's values."""
-        bound = self.in_features**-0.5
-        set_value(self.lora_A, stream.uniform((self.rank, self.in_features), -bound, bound))
+    def reset(self, stream: Stream, plan: TensorPlan | None = None) -> None:
+        """PEFT's initialisation: A Kaiming uniform with a = sqrt 5 (bound 1 / sqrt(in)), B zero; the torch pass's values.
+        With a ``plan`` they are drawn for the whole, and this worker's part is taken."""
+        shape = (self.rank, self.in_features)
+        if plan is not None:
+            shape = plan.whole_shape(self.lora_A.name, shape)
+        bound = shape[1] ** -0.5
+        value = stream.uniform(shape, -bound, bound)
+        set_value(self.lora_A, value if plan is None else plan.take(self.lora_A.name, value))
 
     def construct(self, x):
         out = self.matmul(x, self.weight)
@@ -91,10 +98,12 @@ def add_lora(decoder: nn.Cell, cfg: LoraConfig, *, seed: int = 0, dtype=None, lo
     layers, key = {}, new_key()
     for place, name in enumerate(names):
         layers[name] = _layer(found[name], name, cfg, dtype, key, place)
-        layers[name].reset(stream)
+        layers[name].reset(stream, decoder.plan)
     _exchange(decoder, layers)
-    trainable = sum(p.size for p in decoder.get_parameters() if p.requires_grad)
-    total = sum(p.size for p in decoder.get_parameters())
+    plan, parameters = decoder.plan, list(decoder.get_parameters())
+    shapes = {p.name: tuple(p.shape) if plan is None else plan.whole_shape(p.name, p.shape) for p in parameters}
+    total = sum(math.prod(shape) for shape in shapes.values())
+    trainable = sum(math.prod(shapes[p.name]) for p in parameters if p.requires_grad)
     log(f"LoRA on {len(names)} modules: {trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %)")
     if any(".experts." in p.name for p in decoder.get_parameters()):
         log("LoRA: the routed experts are stacked matrices, not Linears, and carry no adapter")
@@ -122,8 +131,9 @@ def _exchange(decoder: nn.Cell, layers: dict[str, nn.Cell]) -> None:
 
 
 def lora_layers(decoder: nn.Cell) -> Iterator[tuple[str, LoraLinear]]:
-    """Name and Cell of every adapted Linear, in the decoder's order."""
-    return ((name, cell) for name, cell in decoder.cells_and_names() if isinstance(cell, LoraLinear))
+    """Name and Cell of every adapted Linear, in the decoder's order; the name is the parameters', wherever the Cell sits."""
+    cells = (cell for _, cell in decoder.cells_and_names() if isinstance(cell, LoraLinear))
+    return ((cell.lora_A.name.removesuffix(".lora_A"), cell) for cell in cells)
 
 
 def has_lora(decoder: nn.Cell) -> bool:
@@ -148,11 +158,23 @@ def adapter_tensors(decoder: nn.Cell) -> dict[str, Parameter]:
     }
 
 
-def save_adapter(decoder: nn.Cell, folder: str | os.PathLike, cfg: LoraConfig, base: str | None = None) -> None:
-    """Write the adapter as PEFT does, in float32; each file appears under its name only when it is complete."""
-    tensors = {key: np.ascontiguousarray(to_numpy(value)) for key, value in adapter_tensors(decoder).items()}
+def save_adapter(
+    decoder: nn.Cell,
+    folder: str | os.PathLike,
+    cfg: LoraConfig,
+    base: str | None = None,
+    values: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Write the adapter as PEFT does, in float32; each file appears under its name only when it is complete. ``values``: the
+    whole parameters by name, where the decoder has parts of them."""
+    values = {} if values is None else values
+    tensors = {
+        key: np.ascontiguousarray(values[p.name] if p.name in values else to_numpy(p), np.float32)
+        for key, p in adapter_tensors(decoder).items()
+    }
     names = [name for name, _ in lora_layers(decoder)]
-    every = [name for name, cell in decoder.cells_and_names() if isinstance(cell, (Linear, LoraLinear))]
+    cells = (cell for _, cell in decoder.cells_and_names() if isinstance(cell, (Linear, LoraLinear)))
+    every = [cell.weight.name.removesuffix(".weight") for cell in cells]
     config = common.adapter_config(cfg, names, every, base)
     common.write_adapter(folder, config, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
@@ -174,15 +196,20 @@ def load_adapter(
     pairs = common.pairs_of(list(entries), path)
     found = linears(decoder)
     shapes = {name: {part: entries[key].shape for part, key in parts.items()} for name, parts in pairs.items()}
-    common.check_shapes(shapes, {n: (c.in_features, c.out_features) for n, c in found.items()}, cfg, folder)
+    plan = decoder.plan
+    sizes = {name: tuple(linear.weight.shape) for name, linear in found.items()}
+    if plan is not None:
+        sizes = {name: plan.whole_shape(f"{name}.weight", size) for name, size in sizes.items()}
+    common.check_shapes(shapes, {name: (size[1], size[0]) for name, size in sizes.items()}, cfg, folder)
     layers, key = {}, new_key()
     with Files() as files:
         for place, (name, parts) in enumerate(pairs.items()):
             layers[name] = _layer(found[name], name, cfg, dtype, key, place)
-            for part, key in parts.items():
-                bits = read_tensor(files, entries[key])
+            for part, stored in parts.items():
+                bits = read_tensor(files, entries[stored])
                 value = np.empty(bits.shape, np.float32)
-                cast(bits, entries[key].dtype, value, "F32")
-                set_value(getattr(layers[name], f"lora_{part}"), value)
+                cast(bits, entries[stored].dtype, value, "F32")
+                parameter = getattr(layers[name], f"lora_{part}")
+                set_value(parameter, value if plan is None else plan.take(parameter.name, value))
     _exchange(decoder, layers)
     return cfg

@@ -1,18 +1,22 @@
 """Cross-entropy of a linear head over the supervised rows only, and the decoder with its loss as one Cell.
 
-Shape letters: B rows, T positions, N = B * T, H hidden, V vocabulary, M target slots (a fixed number), C rows of a chunk.
+Shape letters: B rows, T positions, N = B * T, H hidden, V vocabulary, R rows of it on one worker, M target slots (a fixed
+number), C rows of a chunk.
 """
 
 from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
 
 from research.core.errors import ConfigError
 from research.core.mindspore import native
+from research.core.mindspore.attention import HIDDEN
+from research.core.mindspore.collectives import own_row
 from research.core.mindspore.decoder import Decoder
 from research.core.mindspore.moe import balance_loss
+from research.core.mindspore.tensor_plan import TensorPlan
 
 IGNORED = -100
 
@@ -89,6 +93,48 @@ class LinearCrossEntropy(nn.Cell):
         return hidden, (grad_weight * scale).astype(weight_VH.dtype), ops.zeros_like(targets_M)
 
 
+class SplitCrossEntropy(LinearCrossEntropy):
+    """The cross-entropy against a vocabulary that lies over the workers: they exchange a logarithm and the target's logit per
+    row, never the logits."""
+
+    def __init__(self, chunk: int, plan: TensorPlan):
+        super().__init__(chunk)
+        self.start, self.rows = plan.vocab_start, plan.vocab_rows
+        # Operators, not Cells: a Cell with a gradient of its own may not hold any.
+        self.workers, self.index = plan.workers, plan.index
+        self.reduce = ops.AllReduce(group=plan.group.name)
+        filling = np.arange(self.start, self.start + self.rows) >= plan.spec.vocab
+        self.filled = bool(filling.any())
+        self.hidden = Tensor(np.where(filling, HIDDEN, 0).astype(np.float32))
+
+    def one(self, hidden_CH, weight_RH, targets_C):
+        counted_C1 = (targets_C != IGNORED).astype(ms.float32).expand_dims(1)
+        place_C = targets_C - self.start
+        mine_C = ops.logical_and(place_C >= 0, place_C < self.rows)
+        place_C = ops.minimum(ops.maximum(place_C, 0), self.rows - 1)  # another worker's: anything, times zero
+        mine_C1 = mine_C.astype(ms.float32).expand_dims(1)
+        logits_CR = self.logits(hidden_CH, weight_RH).astype(ms.float32)
+        if self.filled:
+            logits_CR = logits_CR + self.hidden
+        _, largest_C1 = self.largest(logits_CR)
+        lse_C1 = largest_C1 + ops.log(ops.exp(logits_CR - largest_C1).sum(1, keepdims=True))
+        target_C1 = ops.gather_d(logits_CR, 1, place_C.expand_dims(1)) * mine_C1
+        row = own_row(ops.cat((lse_C1, target_C1), 1), self.workers, self.index)
+        every = self.reduce(row).reshape(self.workers, -1, 2)
+        lse_C1 = ops.logsumexp(every[:, :, 0], 0).expand_dims(1)
+        losses_C1 = (lse_C1 - every[:, :, 1].sum(0).expand_dims(1)) * counted_C1
+        # (probs - one_hot) times a matrix, as on one worker; one_hot where the target is in this worker's rows
+        probs = ops.exp(logits_CR - lse_C1).astype(hidden_CH.dtype)
+        counted, mine = counted_C1.astype(hidden_CH.dtype), mine_C1.astype(hidden_CH.dtype)
+        grad_hidden = (ops.matmul(probs, weight_RH) - ops.gather(weight_RH, place_C, 0) * mine) * counted
+        rows_CH = hidden_CH * counted
+        grad_weight = self.to_weight(probs, rows_CH).astype(ms.float32)
+        wide_CH = (rows_CH * mine).astype(ms.float32)
+        grad_weight = grad_weight - ops.unsorted_segment_sum(wide_CH, place_C, self.rows)
+        grad_hidden = self.reduce(grad_hidden.reshape(-1)).reshape(hidden_CH.shape)
+        return losses_C1.sum(), grad_hidden, grad_weight
+
+
 class Objective(nn.Cell):
     """The decoder with its loss as one forward: what the trainer differentiates, scales and shards."""
 
@@ -97,7 +143,11 @@ class Objective(nn.Cell):
         super().__init__(auto_prefix=False)  # parameters keep their names
         self.decoder, self.router = decoder, router and decoder.sparse
         self.sparse_layers = sum(layer.sparse for layer in decoder.model.layers)
-        self.loss = LinearCrossEntropy(head_chunk, decoder.kernels)
+        if decoder.plan is None:
+            self.loss = LinearCrossEntropy(head_chunk, decoder.kernels)
+        else:
+            assert decoder.joined, "parallelize comes first"
+            self.loss = SplitCrossEntropy(head_chunk, decoder.plan)
 
     def construct(self, input_ids, position_ids, doc_ids, where, targets, ends=None, rope_base=None):
         """[B, T] three times and [M] twice (:func:`shifted_targets`), int32 -> (sum of the cross-entropies, router

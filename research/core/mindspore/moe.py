@@ -101,14 +101,23 @@ class SparseMLP(nn.Cell):
 
     def construct(self, x_NH, real_N=None):
         """-> ([N, H], router counts [2, E]: real tokens sent to each expert, and the sum of its probabilities)."""
+        probs_NE, weights_NC, chosen_NC = self.route(x_NH)
+        gate_N1 = ops.sigmoid(self.shared_expert_gate(x_NH))
+        return self.mix(x_NH, weights_NC, chosen_NC, gate_N1), self.counts(probs_NE, chosen_NC, real_N)
+
+    def route(self, x_NH):
+        """-> (each expert's probability [N, E], weights and numbers of the chosen ones [N, C])."""
         probs_NE = ops.softmax(self.gate(x_NH).astype(ms.float32), -1)
         weights_NC, chosen_NC = ops.topk(probs_NE, self.top_k)
         if self.norm_topk:
             weights_NC = weights_NC / weights_NC.sum(-1, keepdims=True)
+        return probs_NE, weights_NC, chosen_NC
+
+    def mix(self, x_NH, weights_NC, chosen_NC, gate_N1):
+        """The chosen experts' outputs by their weights, and the shared one's by its gate, added up [N, H]."""
         y_NCH = self.experts(x_NH, chosen_NC).reshape(x_NH.shape[0], self.top_k, -1)
         routed_NH = (y_NCH * weights_NC.astype(x_NH.dtype).expand_dims(-1)).sum(1)
-        shared_NH = ops.sigmoid(self.shared_expert_gate(x_NH)) * self.shared_expert(x_NH)
-        return routed_NH + shared_NH, self.counts(probs_NE, chosen_NC, real_N)
+        return routed_NH + gate_N1 * self.shared_expert(x_NH)
 
     def counts(self, probs_NE, chosen_NC, real_N):
         flat_P = chosen_NC.reshape(-1).astype(ms.int32)

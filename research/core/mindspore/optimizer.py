@@ -4,12 +4,16 @@ Parameters of one kind (matrices decay, vectors do not) lie one after another in
 collective and a dozen kernels per bucket instead of per parameter. Gradients are added up in float32 buckets; moments,
 and masters where the weights are 16-bit, are float32. With ``shards`` > 1 a worker keeps moments and masters of its own
 part of every bucket only (ZeRO stage 1, arXiv 1910.02054): it updates that part, and the workers gather the whole.
+
+Where workers share layers, a bucket holds parameters of one :class:`Kind`: what is cut, what all workers of a row of the grid
+have, and what some do. Those that hold the same values add their gradients up, so that they stay the same, and share the
+norm of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -18,10 +22,30 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from research.core.config.schema import TrainConfig
 from research.core.errors import UserError
+from research.core.mindspore.collectives import AllReduce, Gather, gather_now
+from research.core.mindspore.parallel import World
+from research.core.mindspore.tensor_plan import TensorPlan
 from research.core.mindspore.weights import set_value, to_numpy
 
 BUCKET = 64 * 2**20
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``copies`` workers of a row of the grid hold the same values; ``partial``: the gradients that they compute are parts of a
+    sum, else each has all of it."""
+
+    copies: int = 1
+    partial: bool = True
+
+    @property
+    def share(self) -> float:
+        """What the sum of the copies' gradients is multiplied by."""
+        return 1.0 if self.partial else 1.0 / self.copies
+
+
+WHOLE = Kind()
 
 
 @dataclass(frozen=True)
@@ -33,6 +57,7 @@ class Bucket:
     decay: float
     part: int
     shards: int
+    kind: Kind = WHOLE
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -47,16 +72,25 @@ class Bucket:
         return self.length - sum(self.sizes)
 
 
-def make_buckets(parameters: Sequence[Parameter], decay: float, shards: int, limit: int = BUCKET) -> list[Bucket]:
+def make_buckets(
+    parameters: Sequence[Parameter],
+    decay: float,
+    shards: int,
+    limit: int = BUCKET,
+    kind_of: Callable[[str], Kind] = lambda name: WHOLE,
+) -> list[Bucket]:
     """Buckets in the parameters' order, matrices first; a parameter is never cut."""
+    kinds = {p.name: (len(p.shape) >= 2, kind_of(p.name)) for p in parameters}
     buckets = []
-    for matrices in (True, False):
+    for matrices, kind in sorted(
+        set(kinds.values()), key=lambda found: (not found[0], found[1].copies, found[1].partial)
+    ):
         group: list[Parameter] = []
-        for parameter in [*(p for p in parameters if (len(p.shape) >= 2) == matrices), None]:
+        for parameter in [*(p for p in parameters if kinds[p.name] == (matrices, kind)), None]:
             if group and (parameter is None or 4 * (sum(p.size for p in group) + parameter.size) > limit):
                 part = -(-sum(p.size for p in group) // shards)
                 names, shapes = tuple(p.name for p in group), tuple(tuple(p.shape) for p in group)
-                buckets.append(Bucket(names, shapes, decay if matrices else 0.0, part, shards))
+                buckets.append(Bucket(names, shapes, decay if matrices else 0.0, part, shards, kind))
                 group = []
             if parameter is not None:
                 group.append(parameter)
@@ -96,22 +130,35 @@ class Backward(nn.Cell):
 
 
 class Reduce(nn.Cell):
-    """Sum the gradients over the workers, in place, bucket by bucket -> the sum of their squares."""
+    """Sum the gradients over the workers, in place, bucket by bucket -> the sum of the whole model's squares."""
 
-    def __init__(self, optimizer: Optimizer, workers: int):
+    def __init__(self, optimizer: Optimizer, world: World, plan: TensorPlan | None):
         super().__init__(auto_prefix=False)
-        self.sums, self.workers = optimizer.sums, workers
-        self.all_reduce = ops.AllReduce() if workers > 1 else None
+        self.sums = optimizer.sums
+        kinds = [bucket.kind for bucket in optimizer.buckets]
+        groups = {kind: world.neighbours(kind.copies) for kind in kinds}
+        self.kinds = tuple(groups)
+        self.kind_of = tuple(self.kinds.index(kind) for kind in kinds)
+        self.shares = tuple(kind.share for kind in kinds)
+        self.counted = tuple(1.0 / kind.copies for kind in kinds)
+        self.reduced = tuple(group is not None for group in groups.values())
+        self.totals = nn.CellList([AllReduce(g) if g is not None else nn.Identity() for g in groups.values()])
+        self.shared = plan is not None
+        self.over_row = AllReduce(plan.group) if plan is not None else None
 
     def construct(self):
         squares = ()
-        for total in self.sums:
+        for n in range(len(self.sums)):
+            total = self.sums[n]
             value = total.value()
-            if self.workers > 1:
-                value = self.all_reduce(value)
+            if self.reduced[self.kind_of[n]]:
+                value = self.totals[self.kind_of[n]](value)
+                if self.shares[n] != 1.0:
+                    value = value * self.shares[n]
                 ops.assign(total, value)
-            squares += (ops.square(value).sum(),)
-        return ops.stack(squares).sum()
+            squares += (ops.square(value).sum() * self.counted[n],)
+        found = ops.stack(squares).sum()
+        return self.over_row(found) if self.shared else found
 
 
 class Clear(nn.Cell):
@@ -137,7 +184,7 @@ class Update(nn.Cell):
         self.buckets, self.groups, self.weights = optimizer.buckets, optimizer.groups, optimizer.weights
         self.sums, self.first, self.second = optimizer.sums, optimizer.first, optimizer.second
         self.masters, self.rank, self.shards = optimizer.masters, optimizer.rank, optimizer.shards
-        self.all_gather = ops.AllGather() if self.shards > 1 else None
+        self.all_gather = Gather(optimizer.shard_group) if self.shards > 1 else None
 
     def construct(self, factor, rate, correction1, correction2):
         """float32 scalars: the factor on the gradients (clipping), the learning rate, and ``1 - beta^step`` of both
@@ -160,7 +207,7 @@ class Update(nn.Cell):
             if self.masters is not None:
                 ops.assign(self.masters[n], weight)
             if self.shards > 1:
-                weight = self.all_gather(weight)
+                weight = self.all_gather(weight).reshape(-1)
             self.write(n, weight)
             ops.assign(self.sums[n], ops.zeros_like(self.sums[n]))
         return True
@@ -183,16 +230,25 @@ class Update(nn.Cell):
 class Optimizer:
     """AdamW with weight decay on matrices only (not on biases and norms), clipping, and named, saveable state.
 
-    ``master`` of the settings: ``same`` keeps no float32 copy of 16-bit weights. ``workers`` is the number of them that
-    train on different rows, ``rank`` this one's place; with ``sharded`` each keeps a part of the state.
+    ``master`` of the settings: ``same`` keeps no float32 copy of 16-bit weights. With ``world.shard_optimizer`` each worker
+    among those that train on different rows keeps a part of the state; ``plan``: how a row of workers shares the layers.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], cfg: TrainConfig, workers=1, rank=0, sharded=False):
-        self.cfg, self.clip_norm = cfg, cfg.clip_norm
-        self.shards, self.rank = (workers, rank) if sharded else (1, 0)
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        cfg: TrainConfig,
+        world: World | None = None,
+        plan: TensorPlan | None = None,
+    ):
+        world = World() if world is None else world
+        self.cfg, self.clip_norm, self.plan = cfg, cfg.clip_norm, plan
+        sharded = world.shard_optimizer and world.data_size > 1
+        self.shards, self.rank = (world.data_size, world.data_rank) if sharded else (1, 0)
+        self.shard_group = world.neighbours() if sharded else None
         self.parameters = {parameter.name: parameter for parameter in parameters}
         self.weights = ms.ParameterTuple(parameters)
-        self.buckets = tuple(make_buckets(parameters, cfg.weight_decay, self.shards))
+        self.buckets = tuple(make_buckets(parameters, cfg.weight_decay, self.shards, kind_of=self._kind))
         place = {parameter.name: i for i, parameter in enumerate(parameters)}
         self.groups = tuple(tuple(place[name] for name in bucket.names) for bucket in self.buckets)
         self.sums = self._vectors("gradients", whole=True)
@@ -200,9 +256,12 @@ class Optimizer:
         narrow = cfg.master == "fp32" and any(p.dtype != ms.float32 for p in parameters)
         self.masters = self._vectors("master") if narrow else None
         if narrow:
-            self._fill_masters({name: to_numpy(p) for name, p in self.parameters.items()})
+            self._fill(self.masters, {name: to_numpy(p) for name, p in self.parameters.items()}, own=True)
         self.step_number = 0
-        self._reduce, self._update, self._clear = Reduce(self, workers), Update(self), Clear(self)
+        self._reduce, self._update, self._clear = Reduce(self, world, plan), Update(self), Clear(self)
+
+    def _kind(self, name: str) -> Kind:
+        return WHOLE if self.plan is None else Kind(self.plan.copies(name), self.plan.partial(name))
 
     def _vectors(self, what: str, whole: bool = False) -> ms.ParameterTuple:
         return ms.ParameterTuple(
@@ -238,16 +297,24 @@ class Optimizer:
         )
         self._update(*(Tensor(number, ms.float32) for number in numbers))
 
+    @property
+    def trainable(self) -> int:
+        """Trained parameters of the whole model."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        if self.plan is not None:
+            shapes = {name: self.plan.whole_shape(name, shape) for name, shape in shapes.items()}
+        return sum(math.prod(shape) for shape in shapes.values())
+
     # --- state ---
 
     def names(self) -> list[str]:
         return list(self.parameters)
 
     def trained(self) -> dict[str, np.ndarray]:
-        """The trained weights in their master precision. Every worker has to call it."""
-        if self.masters is None:
-            return {name: to_numpy(parameter).copy() for name, parameter in self.parameters.items()}
-        return self._split(self.masters)
+        """The trained weights in their master precision, whole. Every worker has to call it."""
+        if self.masters is not None:
+            return self._split(self.masters)
+        return {name: self._whole(name, to_numpy(parameter)) for name, parameter in self.parameters.items()}
 
     def state(self) -> dict[str, np.ndarray]:
         """``<parameter>.step | exp_avg | exp_avg_sq``; empty before the first update. Every worker has to call it."""
@@ -260,19 +327,19 @@ class Optimizer:
 
     def load(self, weights: dict[str, np.ndarray], state: dict[str, np.ndarray]) -> None:
         """Put saved weights and state back. Raises :class:`UserError` naming the first tensor that does not fit."""
-        for name, parameter in self.parameters.items():
-            _check(name, weights.get(name), parameter)
+        for name in self.parameters:
+            self._check(name, weights.get(name), name)
         for name in weights:
             if name not in self.parameters:
                 raise UserError(f"the checkpoint trains {name}, this run does not", where="optimizer")
         moments = {key: {name: state[f"{name}.{key}"] for name in self.parameters} for key in _MOMENTS if state}
         for key, values in moments.items():
             for name, value in values.items():
-                _check(f"{name}.{key}", value, self.parameters[name])
+                self._check(f"{name}.{key}", value, name)
         for name, parameter in self.parameters.items():
-            set_value(parameter, weights[name])
+            set_value(parameter, self._part(name, weights[name]))
         if self.masters is not None:
-            self._fill_masters(weights)
+            self._fill(self.masters, weights)
         for key, vectors in zip(_MOMENTS, (self.first, self.second)):
             if state:
                 self._fill(vectors, moments[key])
@@ -280,35 +347,42 @@ class Optimizer:
         assert len(steps) == 1, "parameters of different ages"
         self.step_number = steps.pop()
 
-    def _fill_masters(self, values: dict[str, np.ndarray]) -> None:
-        self._fill(self.masters, values)
+    def _part(self, name: str, whole: np.ndarray) -> np.ndarray:
+        return whole if self.plan is None else self.plan.take(name, whole)
 
-    def _fill(self, vectors: ms.ParameterTuple, values: dict[str, np.ndarray]) -> None:
+    def _whole(self, name: str, part: np.ndarray) -> np.ndarray:
+        if self.plan is None:
+            return part.copy()
+        return np.ascontiguousarray(self.plan.join(name, gather_now(self.plan.group, np.ascontiguousarray(part))))
+
+    def _fill(self, vectors: ms.ParameterTuple, values: dict[str, np.ndarray], own: bool = False) -> None:
+        """Whole ``values``, or this worker's ``own`` parts, into the buckets."""
         for bucket, vector in zip(self.buckets, vectors):
             whole = np.zeros(bucket.length, np.float32)
             place = 0
             for name, size in zip(bucket.names, bucket.sizes):
-                whole[place : place + size] = values[name].reshape(-1)
+                whole[place : place + size] = (values[name] if own else self._part(name, values[name])).reshape(-1)
                 place += size
             vector.set_data(Tensor(whole[self.rank * bucket.part :][: bucket.part]))
 
     def _split(self, vectors: ms.ParameterTuple) -> dict[str, np.ndarray]:
         found = {}
         for bucket, vector in zip(self.buckets, vectors):
-            whole = vector.asnumpy() if self.shards == 1 else ops.AllGather()(vector.value()).asnumpy()
+            whole = gather_now(self.shard_group, vector.asnumpy()).reshape(-1)
             place = 0
             for name, shape, size in zip(bucket.names, bucket.shapes, bucket.sizes):
-                found[name] = whole[place : place + size].reshape(shape).copy()
+                found[name] = self._whole(name, whole[place : place + size].reshape(shape))
                 place += size
         return {name: found[name] for name in self.parameters}
 
-
-def _check(name: str, saved: np.ndarray | None, target: Parameter) -> None:
-    found = "missing" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
-    expected = f"{tuple(target.shape)} float32"
-    if found != expected:
-        raise UserError(
-            f"{name} is {found} in the checkpoint, this run needs {expected}",
-            where="train.resume=true",
-            hint="the settings of the first run (train.master, train.dtype, lora.rank), or a new run",
-        )
+    def _check(self, what: str, saved: np.ndarray | None, name: str) -> None:
+        shape = tuple(self.parameters[name].shape)
+        shape = shape if self.plan is None else self.plan.whole_shape(name, shape)
+        found = "missing" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
+        expected = f"{shape} float32"
+        if found != expected:
+            raise UserError(
+                f"{what} is {found} in the checkpoint, this run needs {expected}",
+                where="train.resume=true",
+                hint="the settings of the first run (train.master, train.dtype, lora.rank), or a new run",
+            )

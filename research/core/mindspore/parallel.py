@@ -15,40 +15,62 @@ from typing import Any
 
 import numpy as np
 
-from research.core.config.schema import Config
+from research.core.config.schema import Config, DeviceConfig
+from research.core.errors import ConfigError
 from research.core.launch.environment import place
 from research.core.mindspore import runtime
+from research.core.mindspore.collectives import Group
+from research.core.mindspore.tensor_plan import TensorPlan
 from research.core.run.folder import write_text
+from research.core.spec import DecoderSpec
+from research.core.weights.grid import Grid, Place, shard_model
 
 _ASK_S = 0.5
+_groups: set[str] = set()  # that MindSpore knows, for the life of the process
 
 
 @dataclass
 class World:
-    """This process among all workers. With one worker every method is the identity."""
+    """This process among all workers, which stand in a grid: those of one row of its tensor axis share every layer, and the
+    rows (``data_size`` of them) see different sequences. With one worker every method is the identity."""
 
     device: str = "cpu"  # as users call it: cpu or npu
     rank: int = 0
     size: int = 1
     shard_optimizer: bool = False
-    sharded: bool = False  # whether a worker lacks a part of the weights
     folder: str = "."  # the run's, which all workers see
+    tensor: int = 1  # workers that share each layer
 
     @classmethod
     def join(cls, cfg: Config) -> World:
-        """Start MindSpore, and meet the workers that msrun or a rank table announced in the environment, or be alone."""
+        """Start MindSpore, and meet the workers that msrun or a rank table announced in the environment, or be alone.
+
+        Raises :class:`ConfigError` when ``parallel.tensor`` does not divide their number."""
+        world = cls.meet(cfg.device)
+        world.tensor, world.shard_optimizer = cfg.parallel.tensor, cfg.parallel.shard == "optimizer"
+        if world.size % world.tensor:
+            raise ConfigError(
+                f"{world.size} workers are no multiple of the cards that share a layer",
+                where=f"parallel.tensor={world.tensor}",
+                hint=f"CARDS={world.tensor}, or parallel.tensor=1",
+            )
+        return world
+
+    @classmethod
+    def meet(cls, device: DeviceConfig) -> World:
+        """:meth:`join` with nothing but a device; every worker sees sequences of its own."""
         here = place()
         local_rank, sharing = (0, 1) if here is None else (here.local_rank, here.local_size)
-        if cfg.device.index is not None and sharing == 1:
-            local_rank = cfg.device.index
-        started = runtime.start(cfg.device, local_rank=local_rank, sharing=sharing)
-        device = "cpu" if started.on_cpu else "npu"
+        if device.index is not None and sharing == 1:
+            local_rank = device.index
+        started = runtime.start(device, local_rank=local_rank, sharing=sharing)
+        kind = "cpu" if started.on_cpu else "npu"
         if here is None or here.size == 1:
-            return cls(device)
+            return cls(kind)
         from mindspore.communication import get_group_size, get_rank, init
 
         init()
-        return cls(device, get_rank(), get_group_size(), cfg.parallel.shard == "optimizer")
+        return cls(kind, get_rank(), get_group_size())
 
     def leave(self) -> None:
         if self.size > 1:
@@ -58,14 +80,77 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == "cpu"
+
+    @property
+    def target(self) -> str:
+        """MindSpore's name of the device."""
+        return "CPU" if self.on_cpu else "Ascend"
+
+    # --- the grid ---
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(data=self.size // self.tensor, tensor=self.tensor)
+
+    @property
+    def place(self) -> Place:
+        return self.grid.place(self.rank)
+
+    @property
+    def data_size(self) -> int:
+        """Rows of the grid: how many different sets of sequences a step sees."""
+        return self.grid.data
+
+    @property
+    def data_rank(self) -> int:
+        return self.place.data
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a worker lacks a part of the weights."""
+        return self.tensor > 1
+
+    def plan(self, spec: DecoderSpec) -> TensorPlan | None:
+        """How the workers share the layers of a model; None where each has whole ones. Raises :class:`ConfigError` naming the
+        numbers of cards that can."""
+        if self.tensor == 1:
+            return None
+        row = tuple(self.grid.rank(Place(0, self.place.data, t)) for t in range(self.tensor))
+        return TensorPlan(shard_model(spec, self.grid), self.group(row))
+
+    def neighbours(self, copies: int = 1) -> Group | None:
+        """Whom the gradients of a parameter are summed with of which ``copies`` workers of every row hold the same part."""
+        first = self.place.tensor // copies * copies
+        tensors = range(first, first + copies)
+        ranks = tuple(self.grid.rank(Place(0, d, t)) for d in range(self.data_size) for t in tensors)
+        return self.group(ranks) if len(ranks) > 1 else None
+
+    def group(self, ranks: tuple[int, ...]) -> Group:
+        """The workers ``ranks`` (rising, this one among them) as a group; each of them has to ask for it."""
+        from mindspore.communication import GlobalComm, create_group
+
+        if len(ranks) == self.size:
+            return Group(GlobalComm.WORLD_COMM_GROUP, self.size, self.rank, True)
+        name = "ranks-" + "-".join(map(str, ranks))
+        if name not in _groups:
+            create_group(name, list(ranks))
+            _groups.add(name)
+        return Group(name, len(ranks), ranks.index(self.rank), False)
+
+    # --- what the workers tell each other ---
+
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over the workers in float64, in the order of their ranks."""
+        """Each value summed over the rows of the grid in float64, in their order. Workers of one row say the same, or one of
+        them says more than the others' zero: the largest counts."""
         if self.size == 1:
             return list(values)
         # The collectives know no float64: its bytes are gathered, and added up here.
         own = np.array(values, np.float64).view(np.int32)
-        every = self._gather(own).reshape(self.size, -1)
-        return np.ascontiguousarray(every).view(np.float64).sum(0).tolist()
+        every = np.ascontiguousarray(self._gather(own).reshape(self.size, -1)).view(np.float64)
+        return every.reshape(self.data_size, self.tensor, -1).max(1).sum(0).tolist()
 
     def tell(self, value: Any) -> Any:
         """The main rank's ``value`` (anything that JSON holds), on every rank."""

@@ -10,6 +10,7 @@ from research.core.mindspore.decoder import Decoder
 from research.core.mindspore.feed import Feed
 from research.core.mindspore.loss import Objective
 from research.core.mindspore.parallel import World
+from research.core.mindspore.tensor_parallel import parallelize
 
 PAD_TO = None  # one shape, one graph
 
@@ -17,7 +18,7 @@ PAD_TO = None  # one shape, one graph
 def row_loss(cfg: Config, decoder: Decoder, rows: PackedDataset, world: World) -> Callable[[Batch], float]:
     """A function from a batch of ``rows`` to the sum of its cross-entropies."""
     feed = Feed(decoder.spec, [rows], cfg.train.micro_batch, decoder.kernels)
-    decoder.set_train(False)
+    parallelize(decoder).set_train(False)
     decoder.block = feed.block
     objective = Objective(decoder, cfg.train.head_chunk)
 

@@ -12,11 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor
 
 from research.core.config.schema import Config
 from research.core.data.dataset import Batch, PackedDataset
+from research.core.errors import ConfigError
 from research.core.mindspore.checkpoint import NumpyTables, random_state, restore_random_state
+from research.core.mindspore.collectives import gather_now
 from research.core.mindspore.decoder import Decoder
 from research.core.mindspore.dropout import KEY, set_key
 from research.core.mindspore.feed import Feed
@@ -26,6 +29,7 @@ from research.core.mindspore.optimizer import Backward, Optimizer
 from research.core.mindspore.parallel import World, keep_fewer_activations
 from research.core.mindspore.roofline import gemm_flops, peak_memory, wait
 from research.core.mindspore.scaling import LossScale
+from research.core.mindspore.tensor_parallel import parallelize
 from research.core.mindspore.weights import to_numpy
 from research.core.run.checkpoint import Checkpoint
 from research.core.run.folder import RunFolder
@@ -58,21 +62,22 @@ class Trainer(Loop):
         sample: Callable[[Decoder], str] | None = None,
     ):
         train, spec = cfg.train, decoder.spec
-        self.decoder, self.world = decoder, world
+        self.decoder, self.world, self.auto_transform = decoder, world, cfg.auto_transform
         lora = has_lora(decoder)
         base = frozen_fingerprint(_frozen_samples(decoder)) if lora else None
         self.prepare(cfg, spec, data, held_out, run, lora=lora, base=base, identity=identity, sample=sample)
 
+        parallelize(decoder)
         keep_fewer_activations(decoder, train.checkpointing)
         splits = [data, held_out] if held_out is not None and len(held_out) else [data]
         self.feed = Feed(spec, splits, train.micro_batch, decoder.kernels)
         trained = [parameter for parameter in decoder.get_parameters() if parameter.requires_grad]
-        self.optimizer = Optimizer(trained, train, world.size, world.rank, world.shard_optimizer)
+        self.optimizer = Optimizer(trained, train, world, decoder.plan)
         self.objective = Objective(decoder, train.head_chunk, spec.moe is not None)
         self.forward_backward = Backward(self.objective, self.optimizer)
         half = decoder.dtype == ms.float16
         self.loss_scale = LossScale(train.loss_scale, train.loss_scale_window) if half else LossScale()
-        trainable = sum(parameter.size for parameter in trained)
+        trainable = self.optimizer.trainable
         roofline = world.size * gemm_flops(decoder.dtype)
         self.meter = Meter(spec, roofline, peak_memory, trainable if lora else None)
         ms.set_seed(train.seed + world.rank)
@@ -100,12 +105,12 @@ class Trainer(Loop):
     def accumulate(self, inputs: list[tuple], agreed: Agreed) -> tuple[float, float]:
         """Gradients of this worker's micro batches -> their part of the global batch's loss and router balance."""
         per_target = 1.0 / max(1, agreed.targets)
-        per_forward = 1.0 / (self.train.accumulation * self.world.size)
+        per_forward = 1.0 / (self.train.accumulation * self.world.data_size)
         scale = Tensor(per_target * self.loss_scale.value, ms.float32)
         router_scale = Tensor(self.router_aux * per_forward * self.loss_scale.value, ms.float32)
         totals = []
         for number, given in enumerate(inputs):
-            set_key(self.decoder, self.train.seed, self.at.step, number * self.world.size + self.world.rank)
+            set_key(self.decoder, self.train.seed, self.at.step, number * self.world.data_size + self.world.data_rank)
             total, balance = self.forward_backward(*given, scale, router_scale)
             totals.append((float(total.asnumpy()), float(balance.asnumpy())))
         return sum(t for t, _ in totals) * per_target, sum(b for _, b in totals) * per_forward
@@ -133,20 +138,42 @@ class Trainer(Loop):
         return (model, optimizer, states) if self.world.main else None
 
     def load(self, found: Checkpoint, random: dict) -> None:
+        self.check_grid(found)
         self.optimizer.load(found.model, found.optimizer)
         if random:
             restore_random_state(random)
         self.loss_scale.restore(found.meta.get("extra", {}))
 
     def extra_state(self) -> dict[str, Any]:
-        return self.loss_scale.state()
+        return {"grid": str(self.world.grid), **self.loss_scale.state()}
+
+    def check_grid(self, found: Checkpoint) -> None:
+        """Checkpoints are whole, and any grid goes on with them; not so where ``auto_transform=false`` asks for its own."""
+        mine, theirs = str(self.world.grid), found.meta.get("extra", {}).get("grid")
+        if self.auto_transform or theirs in (None, mine):
+            return
+        name = self.checkpoints.folder / f"step-{found.meta['step']:08d}"
+        raise ConfigError(
+            f"the checkpoint is of the grid {theirs}, this run's is {mine}",
+            where=f"auto_transform=false with {name}",
+            hint=f"auto_transform=true (--auto_trans_ckpt True), or the workers of {theirs}",
+        )
 
     def versions(self) -> dict[str, str]:
         return {"mindspore": ms.__version__}
 
 
 def _frozen_samples(decoder: Decoder):
-    for parameter in decoder.get_parameters():
-        if not parameter.requires_grad and parameter.name != KEY:
+    """What :func:`frozen_fingerprint` reads; of the whole model, however many workers share it."""
+    frozen = [p for p in decoder.get_parameters() if not p.requires_grad and p.name != KEY]
+    plan = decoder.plan
+    if plan is None:
+        for parameter in frozen:
             flat = to_numpy(parameter).reshape(-1)
             yield parameter.name, tuple(parameter.shape), flat[:: sample_step(flat.size)]
+        return
+    shapes = [plan.whole_shape(parameter.name, parameter.shape) for parameter in frozen]
+    own = [plan.sample(p.name, to_numpy(p), shape, sample_step(math.prod(shape))) for p, shape in zip(frozen, shapes)]
+    found = gather_now(plan.group, np.concatenate(own)).sum(0)  # of each value, what one worker has and zeros
+    for parameter, shape, values in zip(frozen, shapes, np.split(found, np.cumsum([len(x) for x in own])[:-1])):
+        yield parameter.name, shape, values

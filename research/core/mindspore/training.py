@@ -54,7 +54,7 @@ def resolve_dtype(cfg: Config, world: World):
 def build_decoder(cfg: Config, spec: DecoderSpec, weights: Path | None, dtype, world: World) -> Decoder:
     """The decoder with the weights to start from: a folder's, or random ones drawn from ``train.seed``."""
     if weights is None:
-        return init_weights(Decoder(spec, dtype), cfg.train.seed)
+        return init_weights(Decoder(spec, dtype, plan=world.plan(spec)), cfg.train.seed)
     said = OpenOptions(
         concat=cfg.convert.qkv_concat,
         gmm=cfg.convert.use_gmm,
@@ -63,7 +63,7 @@ def build_decoder(cfg: Config, spec: DecoderSpec, weights: Path | None, dtype, w
         allow_pickle=cfg.allow_pickle,
         presets=spec_to_hf(spec),
     )
-    return load_decoder(weights, _name(dtype), expect=spec, opening=said)
+    return load_decoder(weights, _name(dtype), expect=spec, opening=said, plan=world.plan)
 
 
 def add_adapter(cfg: Config, decoder: Decoder, say: Callable[[str], None]) -> None:
@@ -83,12 +83,11 @@ def add_adapter(cfg: Config, decoder: Decoder, say: Callable[[str], None]) -> No
 def export(trainer: Trainer, run: Path, cfg: Config, dtype, options: Callable[[], dict[str, Any]]) -> Path:
     """Write ``adapter/`` in PEFT's format or ``weights/`` in Hugging Face's, with the ``options`` of
     :func:`save_weights`; every worker has to call it. Returns the folder."""
-    main = trainer.world.main
+    main, values = trainer.world.main, trainer.optimizer.trained()
     if lora.has_lora(trainer.decoder):
         if main:
-            lora.save_adapter(trainer.decoder, run / "adapter", cfg.lora, base=cfg.weights)
+            lora.save_adapter(trainer.decoder, run / "adapter", cfg.lora, base=cfg.weights, values=values)
         return run / "adapter"
-    values = trainer.optimizer.trained()
     if main:
         parameters = {name: Tensor(value) for name, value in values.items()}
         save_weights(trainer.decoder.spec, parameters, run / "weights", _name(dtype), overwrite=True, **options())

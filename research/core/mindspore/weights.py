@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import mindspore as ms
 import numpy as np
@@ -12,7 +12,9 @@ from mindspore import Parameter, Tensor
 from research.core.errors import ConfigError, WeightsError
 from research.core.mindspore import runtime
 from research.core.mindspore.decoder import Decoder
+from research.core.mindspore.tensor_plan import TensorPlan
 from research.core.spec import DecoderSpec
+from research.core.weights.blocks import Stored, crop
 from research.core.weights.cast import cast
 from research.core.weights.compare import check_copies, read_stored
 from research.core.weights.initial import initial_value
@@ -34,6 +36,7 @@ def load_decoder(
     head: bool = True,
     allow_pickle: bool = False,
     opening: OpenOptions | None = None,
+    plan: Callable[[DecoderSpec], TensorPlan | None] = lambda spec: None,
     **options,
 ) -> Decoder:
     """The decoder of weights of any layout (Hugging Face folder, MindFormers file or ranks, tensor-parallel parts, torch's
@@ -41,15 +44,16 @@ def load_decoder(
 
     ``dtype``: float32, bfloat16 or float16; None: what config.json says on Ascend, float32 on the CPU, which computes in
     nothing else. ``expect``: the spec of the chosen model, compared first. ``head=False`` for embedding models.
-    ``opening``: what the files do not say themselves; ``options`` are :class:`Decoder`'s. Raises :class:`WeightsError`
-    for everything that is wrong with the weights.
+    ``opening``: what the files do not say themselves; ``options`` are :class:`Decoder`'s. ``plan`` says of the model which
+    part this worker holds: only that is read, whatever grid the weights were cut for. Raises :class:`WeightsError` for
+    everything that is wrong with the weights.
     """
     opening = OpenOptions(allow_pickle=allow_pickle, head=head) if opening is None else opening
     opened = open_weights(path, opening)
     if expect is not None:
         check_spec(expect, opened.spec, path)
     check_copies(opened)
-    decoder = Decoder(opened.spec, resolve_dtype(dtype, opened.config), head=head, **options)
+    decoder = Decoder(opened.spec, resolve_dtype(dtype, opened.config), head=head, plan=plan(opened.spec), **options)
     fill_decoder(decoder, opened)
     return decoder
 
@@ -74,7 +78,16 @@ def fill_decoder(decoder: Decoder, opened: OpenWeights) -> None:
         reader = RowReader(files, opened.entries)
         for stored in memory_layout(opened.spec):
             if stored.name in parameters:
-                set_value(parameters[stored.name], read_stored(stored, sources, opened.entries, reader, "F32"))
+                parts = [read_stored(part, sources, opened.entries, reader, "F32") for part in _parts(decoder, stored)]
+                axis = 0 if len(parts) == 1 else decoder.plan.cut(stored.name).axis
+                set_value(parameters[stored.name], parts[0] if len(parts) == 1 else np.concatenate(parts, axis))
+
+
+def _parts(decoder: Decoder, stored: Stored) -> list[Stored]:
+    cut = None if decoder.plan is None else decoder.plan.cut(stored.name)
+    if cut is None:
+        return [stored]
+    return [crop(stored, box) for box in cut.boxes(stored.shape, decoder.plan.index)]
 
 
 def set_value(parameter: Parameter, value: np.ndarray) -> None:
@@ -85,8 +98,14 @@ def set_value(parameter: Parameter, value: np.ndarray) -> None:
 
 def init_weights(decoder: Decoder, seed: int = 0) -> Decoder:
     """Random weights, the torch decoder's for the same seed (:mod:`research.core.weights.initial`)."""
+    plan = decoder.plan
     for parameter in decoder.get_parameters():
-        set_value(parameter, initial_value(decoder.spec, parameter.name, tuple(parameter.shape), seed))
+        name, shape = parameter.name, tuple(parameter.shape)
+        if plan is None:
+            set_value(parameter, initial_value(decoder.spec, name, shape, seed))
+        else:
+            whole = initial_value(decoder.spec, name, plan.whole_shape(name, shape), seed)
+            set_value(parameter, plan.take(name, whole))
     return decoder
 
 

@@ -74,7 +74,8 @@ class Loop(ABC):
     """One training of a decoder on ``data``; a backend's ``Trainer`` fills in what a framework computes.
 
     Build it, then call :meth:`fit` once. ``world`` is the backend's: this process among all cards, with ``rank``, ``size``,
-    ``main``, ``sum``, ``tell`` and ``gather``. Random draws may differ between cards; everything else must not.
+    ``main``, ``sum``, ``tell`` and ``gather``; ``data_rank`` of ``data_size`` is its place among those that see different
+    rows. Random draws may differ between cards; everything else must not.
     """
 
     backend: str
@@ -107,7 +108,7 @@ class Loop(ABC):
             "base": base,
             "seq_length": data.seq_length,
             "shuffle": [cfg.data.shuffle, cfg.data.seed],
-            "global_batch": train.micro_batch * train.accumulation * self.world.size,
+            "global_batch": train.micro_batch * train.accumulation * self.world.data_size,
             **(identity or {}),
         }
         self.router_aux = 0.0 if spec.moe is None else spec.moe.aux_coefficient
@@ -208,7 +209,7 @@ class Loop(ABC):
         """This card's micro batches of the next step."""
         train, world = self.train, self.world
         starts = (
-            self.at.position + (micro * world.size + world.rank) * train.micro_batch
+            self.at.position + (micro * world.data_size + world.data_rank) * train.micro_batch
             for micro in range(train.accumulation)
         )
         return [self.data.rows(self.sampler.take(start, train.micro_batch), pad_to=self.pad_to) for start in starts]
@@ -290,7 +291,8 @@ class Loop(ABC):
         world, rows = self.world, self.train.micro_batch
         self.set_train(False)
         total, targets = 0.0, 0
-        for start in range(world.rank * rows, len(self.held_out) + world.rank * rows, rows * world.size):
+        first, every = world.data_rank * rows, rows * world.data_size
+        for start in range(first, len(self.held_out) + first, every):
             mine = range(start, min(start + rows, len(self.held_out)))
             batch = self.held_out.rows(mine or [0], pad_to=self.pad_to)
             if not mine:  # every card takes part in every forward, some without a row of their own

@@ -56,6 +56,15 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Every card sees rows of its own."""
+        return self.rank
+
+    @property
+    def data_size(self) -> int:
+        return self.size
+
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the cards, in float64, over the CPU's group."""
         if self.size == 1:
