@@ -105,7 +105,7 @@ def engine_of(
     settings = check_settings(settings, decoder)
     if world.size > 1:
         world.sum(0)  # when all are here, every rank's weights are in memory
-        settings = _share(settings, world)
+        settings = _share(world.tell(settings), world)  # the first rank's: it knows the requests
     blocks = count_blocks(settings, decoder.spec, dtype, device, say=say) if decoder.spec.causal else 1
     slots = AdapterSlots(decoder)
     if world.size == 1:

@@ -88,19 +88,25 @@ class LeadingRunner:
     def __init__(self, runner: ModelRunner, wire: Wire):
         self.runner, self.wire = runner, wire
         self.num_blocks = runner.num_blocks
-        self._open = True
+        self._open, self._in_step = True, True
         atexit.register(self.close)
 
     def execute(self, plan: StepPlan) -> StepOutput:
+        if not self._in_step:
+            raise RuntimeError("a step failed here and the other ranks may wait in the middle of it: start again")
         with _uninterrupted():
+            self._in_step = False
             self.wire.send("execute", plan)
-            return self.runner.execute(plan)
+            output = self.runner.execute(plan)
+            self._in_step = True
+        return output
 
     def close(self) -> None:
         if self._open:
             self._open = False
             atexit.unregister(self.close)
-            self.wire.send("close")
+            if self._in_step:  # else they end when this process does
+                self.wire.send("close")
 
 
 class LeadingSlots:
