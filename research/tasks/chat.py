@@ -55,6 +55,7 @@ def use_utf8() -> None:
 
 def open_session(cfg: Config, remember: bool = True, limit: int | None = None) -> ChatSession:
     """Load the model of ``cfg`` and begin a conversation with it; ``remember`` and ``limit`` are the session's."""
+    cfg.engine.max_batch = 1  # what the cache's memory goes by
     model = open_model(cfg)
     # One token of a message at least; what a real one needs is known when it is typed.
     room = model.length_limit if limit is None else min(limit, model.length_limit)

@@ -33,11 +33,12 @@ class Question:
 def run(cfg: Config) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")
-    if mode(cfg) == "paged" and needs_launch(cfg):
+    if (mode(cfg) == "paged" or cfg.backend == "mindspore") and needs_launch(cfg):
         return launch(cfg)
     here = place()
     follows = mode(cfg) == "paged" and here is not None and here.rank > 0  # rank 0 asks, the others compute for it
     questions = [] if follows else read_questions(cfg)
+    cfg.engine.max_batch = min(cfg.engine.max_batch, max(1, len(questions)))  # what the cache's memory goes by
     model = open_model(cfg)
     try:
         return answer(cfg, model, questions)
