@@ -36,6 +36,7 @@ _SIGNATURES = {
     "attention_backward": "illllppifpppppppppi",
     "cross_entropy": "illpppii",
     "linear_rows": "illlppppi",
+    "linear_panels": "illlppppi",
     "set_custom_threads": "i",
     "decode_step": "ipfppppppppppi",
     "paged_attention": "illlllllfpppppppi",
@@ -125,6 +126,12 @@ def _built(compiler: str) -> Path:
         os.replace(f"{aside}/kernels.so", target)
     _log.info("compiled the CPU kernels in %.0f s (kept in %s)", time.monotonic() - started, target.parent)
     return target
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether the processor has products of bfloat16 (AVX512_BF16, AMX, Arm's)."""
+    return "bf16" in _processor()
 
 
 def _processor() -> str:

@@ -1,7 +1,10 @@
-// y = x W^T + b for few rows of x: the weight is streamed once, row after row, at the speed of the memory.
+// y = x W^T + b for few rows of x: the weight is streamed once, row after row, at the speed of the memory. For many rows:
+// the weight in panels (products.h), for processors on which torch multiplies bfloat16 slowly.
+#include <algorithm>
 #include <vector>
 
 #include "dots.h"
+#include "products.h"
 
 namespace {
 
@@ -42,9 +45,45 @@ void linear_rows(int64_t rows, int64_t n, int64_t k, const T* x, const T* weight
     }
 }
 
+template <class T>
+void linear_panels(int64_t rows, int64_t n, int64_t k, const T* x, const T* weight, const T* bias, T* y, int threads) {
+    typedef typename InputOf<T>::type Input;
+    constexpr int64_t HEIGHT = 144;
+    const int64_t stride = whole_steps(k), heights = (rows + HEIGHT - 1) / HEIGHT, across = (n + PANEL - 1) / PANEL;
+    std::vector<Input> inputs(rows * stride, Input{});
+#pragma omp parallel num_threads(threads)
+    {
+        ProductScratch<T> scratch;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++)
+            for_vectors(k, [&](int64_t i, auto get, auto put) { put(inputs.data() + r * stride + i, get(x + r * k + i)); });
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < across * heights; task++) {
+            const int64_t first = task / heights * PANEL, top = task % heights * HEIGHT;
+            const int64_t count = std::min<int64_t>(PANEL, n - first), height = std::min(HEIGHT, rows - top);
+            const T *w[1] = {weight + first * k}, *next[1] = {};
+            const float* results = product_task<T, 1>(height, k, inputs.data() + top * stride, stride, w, next, count, scratch);
+            for (int64_t r = 0; r < height; r++)
+                for_vectors(count, [&](int64_t i, auto get, auto put) {
+                    const vf sum = get(results + r * PANEL + i);
+                    put(y + (top + r) * n + first + i, bias ? sum + get(bias + first + i) : sum);
+                });
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" {
+
+// Any number of rows; bias may be null. All tensors have one type.
+void linear_panels(int half, int64_t rows, int64_t n, int64_t k, const void* x, const void* weight, const void* bias,
+                   void* y, int threads) {
+    if (half)
+        linear_panels(rows, n, k, (const bf16*)x, (const bf16*)weight, (const bf16*)bias, (bf16*)y, threads);
+    else
+        linear_panels(rows, n, k, (const float*)x, (const float*)weight, (const float*)bias, (float*)y, threads);
+}
 
 // 1 to 8 rows; bias may be null. All tensors have one type.
 void linear_rows(int half, int64_t rows, int64_t n, int64_t k, const void* x, const void* weight, const void* bias,

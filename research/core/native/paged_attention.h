@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "vec.h"
+#include "turned.h"
 
 constexpr int64_t TILE = 64, MOST_DIM = 256;
 constexpr int64_t PIECE_ROWS = 96;  // queries of all heads of a piece: bounds its scratch
@@ -34,82 +34,16 @@ static inline std::vector<Piece> pieces_of(const PagedRows& rows, int64_t group)
     return pieces;
 }
 
-// 2 * LANES elements per word row: words [LANES rows][LANES], turned.
-#if defined(__AVX512F__)
-static inline void turn_square(__m512i (&r)[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {  // 128-bit parts of rows i, i + 4, i + 8, i + 12 make the columns i, 4 + i, 8 + i, 12 + i
-        const __m512i a = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), b = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        const __m512i c = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        const __m512i d = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-        t[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-        t[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        t[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
-    }
-    for (int i = 0; i < 16; i++) r[i] = t[i];
-}
-#endif
-
-// Keys [count][dim] at `from` -> floats [dim][TILE]; places past `count` become zero.
-static inline void turned_keys(const float* const* from, int64_t count, int64_t dim, float* to) {
-    for (int64_t j = 0; j < TILE; j += LANES)
-        for (int64_t d = 0; d < dim; d += LANES) {
-#if defined(__AVX512F__)
-            __m512i r[16];
-            for (int i = 0; i < 16; i++)
-                r[i] = j + i < count ? _mm512_loadu_si512(from[j + i] + d) : _mm512_setzero_si512();
-            turn_square(r);
-            for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (d + i) * TILE + j, r[i]);
-#else
-            for (int i = 0; i < LANES; i++)
-                for (int e = 0; e < LANES; e++) to[(d + e) * TILE + j + i] = j + i < count ? from[j + i][d + e] : 0.f;
-#endif
-        }
-}
-static inline void turned_keys(const bf16* const* from, int64_t count, int64_t dim, float* to) {
-    for (int64_t j = 0; j < TILE; j += LANES) {
-        int64_t d = 0;
-#if defined(__AVX512F__)
-        for (; d + 32 <= dim; d += 32) {  // words of two elements
-            __m512i r[16];
-            for (int i = 0; i < 16; i++)
-                r[i] = j + i < count ? _mm512_loadu_si512(from[j + i] + d) : _mm512_setzero_si512();
-            turn_square(r);
-            for (int i = 0; i < 16; i++) {
-                _mm512_storeu_si512(to + (d + 2 * i) * TILE + j, _mm512_slli_epi32(r[i], 16));
-                _mm512_storeu_si512(to + (d + 2 * i + 1) * TILE + j,
-                                    _mm512_and_si512(r[i], _mm512_set1_epi32((int)0xffff0000u)));
-            }
-        }
-#endif
-        for (; d < dim; d += LANES)
-            for (int i = 0; i < LANES; i++) {
-                const vf row = j + i < count ? load(from[j + i] + d) : vf{};
-                for (int e = 0; e < LANES; e++) to[(d + e) * TILE + j + i] = row[e];
-            }
-    }
-}
-
-template <class T>
+// Out: what results are stored as, T or float holding values of T.
+template <class T, class Out = T>
 struct PagedAttention {
     PagedRows rows;
     int64_t heads, kv_heads, dim, window;  // window 0: everything before
     float scale;
     const T *keys, *values;  // the layer's pools
-    const T* q;              // [tokens][q_stride], heads behind each other
+    const T* q;  // [tokens][q_stride], heads behind each other
     int64_t q_stride;
-    T* out;  // [tokens][out_stride]
+    Out* out;  // [tokens][out_stride]
     int64_t out_stride;
 
     // The heads first_head .. last_head - 1 of one kv head's group, for one piece.
@@ -140,11 +74,12 @@ struct PagedAttention {
             }
             product(count, dim, here - skipped, FULL, scores + skipped, TILE, 1, vals + skipped * dim, dim, sums, dim, true);
         }
-        T* to = out + (rows.starts[piece.row] + piece.first) * out_stride + (kv * (heads / kv_heads) + first_head) * dim;
+        Out* to = out + (rows.starts[piece.row] + piece.first) * out_stride + (kv * (heads / kv_heads) + first_head) * dim;
         for (int64_t r = 0; r < count; r++) {
             const float factor = 1.f / weight[r];
             for (int64_t d = 0; d < dim; d += LANES)
-                store(to + r / share * out_stride + r % share * dim + d, load(sums + r * dim + d) * factor);
+                store(to + r / share * out_stride + r % share * dim + d,
+                      rounded(load(sums + r * dim + d) * factor, (const T*)nullptr));
         }
     }
 
@@ -170,7 +105,7 @@ struct PagedAttention {
             at[j] = keys + place;
             for (int64_t d = 0; d < dim; d += LANES) store(vals + j * dim + d, load(values + place + d));
         }
-        turned_keys(at, count, dim, keys_t);
+        for (int64_t j = 0; j < TILE; j += LANES) turn(at + j, count - j, dim, keys_t + j, TILE);
     }
 
     // One row of scores to weights: its keys are low .. high - 1 of the tile, the others get none.

@@ -17,6 +17,8 @@ namespace {
 enum { NORM_1, Q, Q_BIAS, K, K_BIAS, V, V_BIAS, O, NORM_2, GATE, UP, DOWN, PER_LAYER };
 enum { EMBEDDING, LAST_NORM, HEAD };
 
+constexpr int64_t FEW = 16;  // inputs of a product that takes less time than to read its weights
+
 struct Sizes {  // in the order of PagedStep.SIZES
     int64_t layers, hidden, heads, kv_heads, dim, ffn, vocab;
     int64_t tokens, rows, most_blocks, block_size, pool_stride;  // pool_stride: elements of one layer's pool
@@ -36,6 +38,8 @@ struct Step {
 
 template <class T>
 class Forward {
+    typedef typename InputOf<T>::type X;  // inputs of products, holding values that T can hold
+
    public:
     Forward(const Sizes& s, float eps, const Step& step, int threads)
         : s_(s), eps_(eps), step_(step), threads_(threads), barrier_(threads), hidden_stride_(whole_steps(s.hidden)),
@@ -44,11 +48,10 @@ class Forward {
           where_{s.rows, s.most_blocks, s.block_size, step.tables, step.starts, step.contexts},
           pieces_(pieces_of(where_, s.heads / s.kv_heads)) {
         const int64_t n = s.tokens;
-        // act is used from the gate on, qkv and out before it: they share their memory.
-        const int64_t shared = std::max(n * (qkv_stride_ + out_stride_), n * ffn_stride_);
-        memory_.reset(new T[n * 2 * hidden_stride_ + shared]);
-        x_ = memory_.get(), normed_ = x_ + n * hidden_stride_, qkv_ = normed_ + n * hidden_stride_;
-        out_ = qkv_ + n * qkv_stride_, act_ = qkv_;
+        values_.reset(new T[n * (s.hidden + qkv_stride_)]);
+        x_ = values_.get(), qkv_ = x_ + n * s.hidden;
+        inputs_.reset(new X[n * (hidden_stride_ + std::max(out_stride_, ffn_stride_))]);
+        normed_ = inputs_.get(), out_ = act_ = normed_ + n * hidden_stride_;  // one is used before the other
         if (step.best) best_.assign(s.wanted, {-INFINITY, -1});
     }
 
@@ -112,56 +115,58 @@ class Forward {
         for (int64_t i = count * me / threads_; i < count * (me + 1) / threads_; i++) body(i);
     }
 
-    // done(first row, rows, first column, columns, results) over x [rows, k] times the matrices that at(column) gives.
-    // Columns are shared out in runs, long inputs also by rows.
+    // done(row, first column, columns, results per matrix) over x [rows, k] times the matrices that at(column) gives.
+    // Columns are shared out in panels, long inputs also by rows; a panel lies inside one run of `run` columns.
     template <int WEIGHTS, class At, class Done>
-    void products(int64_t rows, int64_t width, int64_t run, int64_t k, const T* x, int64_t stride, Own& own, Tasks& tasks,
+    void products(int64_t rows, int64_t width, int64_t run, int64_t k, const X* x, int64_t stride, Own& own, Tasks& tasks,
                   At at, Done done) const {
-        constexpr int64_t HEIGHT = 128;
-        int64_t columns = MOST_COLUMNS;
+        constexpr int64_t HEIGHT = 144;
         const int64_t heights = (rows + HEIGHT - 1) / HEIGHT;
-        while (columns > LANES && ((width + columns - 1) / columns * heights < 6 * threads_ || run % columns)) columns -= LANES;
+        int64_t columns = PANEL;
+        if (run % columns || (width + columns - 1) / columns * heights < 6 * threads_) columns = LANES;
         const int64_t across = (width + columns - 1) / columns;
-        own.products.forget();
-        tasks.run(across * heights, [&](int64_t task) {
-            const int64_t first = task / heights * columns, top = task % heights * HEIGHT;
-            const int64_t count = std::min(columns, width - first);
-            const T* w[WEIGHTS];
+        const auto task = [&](int64_t index, bool goes_on) {
+            const int64_t first = index / heights * columns, top = index % heights * HEIGHT;
+            const int64_t count = std::min(columns, width - first), height = std::min(HEIGHT, rows - top);
+            const T *w[WEIGHTS], *next[WEIGHTS] = {};
             at(first, w);
-            product_task<T, WEIGHTS>(std::min(HEIGHT, rows - top), k, x + top * stride, stride, w, count, own.products,
-                                     [&](int64_t row, int64_t height, const auto& results) {
-                                         for (int64_t r = 0; r < height; r++) done(top + row + r, first, count, results, r * MOST_COLUMNS);
-                                     });
-        });
+            if (goes_on && first + 2 * columns <= width) at(first + columns, next);
+            const float* results = product_task<T, WEIGHTS>(height, k, x + top * stride, stride, w, next, count, own.products);
+            for (int64_t r = 0; r < height; r++)
+                done(top + r, first, count, results + r * PANEL, results + (WEIGHTS - 1) * height * PANEL + r * PANEL);
+        };
+        // Few inputs wait for the memory: each thread goes on through weights that lie behind each other.
+        if (rows <= FEW) divide(across, [&](int64_t index) { task(index, true); });
+        else tasks.run(across * heights, [&](int64_t index) { task(index, false); });
     }
 
     void embed() const {
         divide(s_.tokens, [&](int64_t n) {
-            T* to = x_ + n * hidden_stride_;
+            T* to = x_ + n * s_.hidden;
             memcpy((void*)to, tail<T>(EMBEDDING) + step_.tokens[n] * s_.hidden, s_.hidden * sizeof(T));
         });
     }
 
-    void norm_row(const T* weight, const T* from, T* to) const {
+    void norm_row(const T* weight, const T* from, X* to) const {
         vf squares{};
         for_vectors(s_.hidden, [&](int64_t i, auto get, auto) { vf x = get(from + i); squares += x * x; });
         const float scale = 1 / std::sqrt(sum(squares) / s_.hidden + eps_);
         for_vectors(s_.hidden, [&](int64_t i, auto get, auto put) {
-            put(to + i, round_to_type(get(from + i) * scale) * get(weight + i));
+            put(to + i, round_to_type(round_to_type(get(from + i) * scale) * get(weight + i)));
         });
         pad(to, s_.hidden, hidden_stride_);
     }
     // Steps of a product run to the end of the padding, where inputs are zero.
-    static void pad(T* row, int64_t width, int64_t stride) { memset((void*)(row + width), 0, (stride - width) * sizeof(T)); }
+    static void pad(X* row, int64_t width, int64_t stride) { memset((void*)(row + width), 0, (stride - width) * sizeof(X)); }
 
     void norm(const T* weight) const {
-        divide(s_.tokens, [&](int64_t n) { norm_row(weight, x_ + n * hidden_stride_, normed_ + n * hidden_stride_); });
+        divide(s_.tokens, [&](int64_t n) { norm_row(weight, x_ + n * s_.hidden, normed_ + n * hidden_stride_); });
     }
 
     void last_norm() const {
         divide(s_.wanted, [&](int64_t r) {
-            T* to = normed_ + r * hidden_stride_;
-            norm_row(tail<T>(LAST_NORM), x_ + step_.wanted[r] * hidden_stride_, to);
+            X* to = normed_ + r * hidden_stride_;
+            norm_row(tail<T>(LAST_NORM), x_ + step_.wanted[r] * s_.hidden, to);
             if (step_.hidden)
                 for_vectors(s_.hidden, [&](int64_t i, auto get, auto put) { put(step_.hidden + r * s_.hidden + i, get(to + i)); });
         });
@@ -174,11 +179,11 @@ class Forward {
         products<1>(
             s_.tokens, qkv_stride_, s_.dim, s_.hidden, normed_, hidden_stride_, own, tasks,
             [&](int64_t first, auto& w) { w[0] = address<T>(layer, part(first)) + inside(first) * s_.hidden; },
-            [&](int64_t row, int64_t first, int64_t count, const auto& results, int64_t at) {
+            [&](int64_t row, int64_t first, int64_t count, const float* results, const float*) {
                 const T* bias = address<T>(layer, part(first) + 1);
                 T* to = qkv_ + row * qkv_stride_ + first;
                 for_vectors(count, [&](int64_t i, auto get, auto put) {
-                    const vf y = get(results[0] + at + i);
+                    const vf y = get(results + i);
                     put(to + i, bias ? y + get(bias + inside(first) + i) : y);
                 });
             });
@@ -218,7 +223,7 @@ class Forward {
 
     void attend(int64_t layer, Own& own, Tasks& tasks) const {
         const int64_t place = layer * s_.pool_stride;
-        const PagedAttention<T> attention{where_, s_.heads, s_.kv_heads, s_.dim, step_.windows[layer],
+        const PagedAttention<T, X> attention{where_, s_.heads, s_.kv_heads, s_.dim, step_.windows[layer],
                                           1 / std::sqrt((float)s_.dim), (const T*)step_.keys + place,
                                           (const T*)step_.values + place, qkv_, qkv_stride_, out_, out_stride_};
         const int64_t parts = attention.parts(pieces_.size(), threads_);
@@ -228,14 +233,14 @@ class Forward {
     }
 
     // x += input W^T, a residual connection.
-    void add_product(const T* weight, int64_t k, const T* input, int64_t stride, Own& own, Tasks& tasks) const {
+    void add_product(const T* weight, int64_t k, const X* input, int64_t stride, Own& own, Tasks& tasks) const {
         products<1>(
             s_.tokens, s_.hidden, 1 << 30, k, input, stride, own, tasks,
             [&](int64_t first, auto& w) { w[0] = weight + first * k; },
-            [&](int64_t row, int64_t first, int64_t count, const auto& results, int64_t at) {
-                T* x = x_ + row * hidden_stride_ + first;
+            [&](int64_t row, int64_t first, int64_t count, const float* results, const float*) {
+                T* x = x_ + row * s_.hidden + first;
                 for_vectors(count, [&](int64_t i, auto get, auto put) {
-                    put(x + i, get(x + i) + round_to_type(get(results[0] + at + i)));
+                    put(x + i, get(x + i) + round_to_type(get(results + i)));
                 });
             });
     }
@@ -247,12 +252,12 @@ class Forward {
                 w[0] = address<T>(layer, GATE) + first * s_.hidden;
                 w[1] = address<T>(layer, UP) + first * s_.hidden;
             },
-            [&](int64_t row, int64_t first, int64_t count, const auto& results, int64_t at) {
-                T* to = act_ + row * ffn_stride_ + first;
+            [&](int64_t row, int64_t first, int64_t count, const float* gates, const float* ups) {
+                X* to = act_ + row * ffn_stride_ + first;
                 for_vectors(count, [&](int64_t i, auto get, auto put) {
-                    vf g = round_to_type(get(results[0] + at + i));
+                    vf g = round_to_type(get(gates + i));
                     g = round_to_type(g / (1 + exp(-g)));
-                    put(to + i, g * round_to_type(get(results[1] + at + i)));
+                    put(to + i, round_to_type(g * round_to_type(get(ups + i))));
                 });
                 if (first + count == s_.ffn) pad(act_ + row * ffn_stride_, s_.ffn, ffn_stride_);
             });
@@ -263,24 +268,24 @@ class Forward {
         products<1>(
             s_.wanted, s_.vocab, 1 << 30, s_.hidden, normed_, hidden_stride_, own, tasks,
             [&](int64_t first, auto& w) { w[0] = tail<T>(HEAD) + first * s_.hidden; },
-            [&](int64_t row, int64_t first, int64_t count, const auto& results, int64_t at) {
+            [&](int64_t row, int64_t first, int64_t count, const float* results, const float*) {
                 if (step_.logits)
                     for_vectors(count, [&](int64_t i, auto get, auto put) {
-                        put(step_.logits + row * s_.vocab + first + i, round_to_type(get(results[0] + at + i)));
+                        put(step_.logits + row * s_.vocab + first + i, round_to_type(get(results + i)));
                     });
                 if (!step_.best) return;
                 vf most = splat(-INFINITY);
                 int64_t i = 0;
-                for (; i + LANES <= count; i += LANES) most = max(round_to_type(load(results[0] + at + i)), most);
+                for (; i + LANES <= count; i += LANES) most = max(round_to_type(load(results + i)), most);
                 float top = largest(most);
                 float rest[LANES];
                 if (i < count) {
-                    store(rest, round_to_type(load_part(results[0] + at + i, count - i)));
+                    store(rest, round_to_type(load_part(results + i, count - i)));
                     for (int64_t e = 0; e < count - i; e++) top = rest[e] > top ? rest[e] : top;
                 }
                 if (!best[row].yields(top, first)) return;
                 for (i = 0; i < count; i += LANES) {  // the first that has it
-                    store(rest, round_to_type(load(results[0] + at + i)));
+                    store(rest, round_to_type(load(results + i)));
                     for (int64_t e = 0; e < LANES && i + e < count; e++)
                         if (rest[e] == top) {
                             best[row] = {top, first + i + e};
@@ -303,8 +308,10 @@ class Forward {
     std::unique_ptr<Tasks[]> tasks_;
     const PagedRows where_;
     const std::vector<Piece> pieces_;
-    std::unique_ptr<T[]> memory_;
-    T *x_, *normed_, *qkv_, *out_, *act_;
+    std::unique_ptr<T[]> values_;
+    std::unique_ptr<X[]> inputs_;
+    T *x_, *qkv_;
+    X *normed_, *out_, *act_;
     std::vector<Best> best_;
     std::mutex merging_;
 };

@@ -1,119 +1,210 @@
 // Inputs times a weight where it lies, for any number of rows: x [rows, k] W^T with W [n, k], sums in float32.
 //
-// A tile of ROWS inputs and COLUMNS weight rows runs along k with one register of partial sums for each result. The order
-// of the additions that make a result is the same in every tile, so a row's results do not depend, in any bit, on the
-// other rows of the batch. bfloat16 is multiplied by the processor's own product of pairs where it has one, and otherwise
-// widened in registers: the even and the odd elements of a word are one operation each (a shift, a mask).
+// Whatever the number of rows, a result is made by the same additions in the same order, so a row's results do not depend,
+// in any bit, on the other rows of the batch. There are two kernels:
+// - With a product of bfloat16 pairs (AVX512_BF16), a tile of ROWS inputs and COLUMNS weight rows runs along k with one
+//   register of partial sums for each result, which is summed at the end.
+// - Everywhere else weight rows are turned, and widened to float, a piece of k at a time: a register holds one k of LANES
+//   weight rows and is multiplied by each input's k, one after another. Turning costs less than reading from memory.
 #pragma once
 #include <vector>
 
-#include "vec.h"
+#include "turned.h"
 
-typedef uint32_t vu_any __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
-constexpr int STEP = 2 * LANES;  // elements of k that one step of a tile takes, whatever the type
-constexpr int MOST_TILE_ROWS = 8;
-constexpr int MOST_COLUMNS = 48;  // weight rows that are worked on together
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int columns_of(int rows) { return rows <= 3 ? 1 : rows == 4 ? 2 : 3; }  // 24 sums of 32 registers
-constexpr int HIGH_TILE = 8;
-#else
-constexpr int columns_of(int rows) { return rows <= 3 ? 1 : 2; }  // 8 sums of 16 registers
-constexpr int HIGH_TILE = 4;
-#endif
-
-// How a tile takes weights of a type: W a register of them, X one of inputs; a step has PARTS of them.
-template <class T>
-struct Taken {  // float
-    typedef float Input;
-    static constexpr int PARTS = 2;
-    template <int PART>
-    static vf weight(const T* p) { return load(p + PART * LANES); }
-    template <int PART>
-    static vf input(const Input* p) { return load(p + PART * LANES); }
-    static vf add(vf sum, vf w, vf x) { return multiply_add(w, x, sum); }
-    static void expand(const float* from, Input* to) {
-        store(to, load(from));
-        store(to + LANES, load(from + LANES));
-    }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Taken<bf16> {
-    typedef bf16 Input;
-    static constexpr int PARTS = 1;
-    template <int PART>
-    static __m512i weight(const bf16* p) { return _mm512_loadu_si512(p); }
-    template <int PART>
-    static __m512i input(const bf16* p) { return _mm512_loadu_si512(p); }
-    static vf add(vf sum, __m512i w, __m512i x) {
-        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
-    }
-    static void expand(const bf16* from, Input* to) { memcpy((void*)to, from, STEP * sizeof(bf16)); }
-};
-constexpr bool WIDENS = false;
-#else
-template <>
-struct Taken<bf16> {  // inputs are expanded once to floats, even elements of a step before odd ones
-    typedef float Input;
-    static constexpr int PARTS = 2;
-    template <int PART>
-    static vf weight(const bf16* p) {
-        const vu words = *(const vu_any*)p;
-        return PART == 0 ? (vf)(words << 16) : (vf)(words & 0xffff0000u);
-    }
-    template <int PART>
-    static vf input(const Input* p) { return load(p + PART * LANES); }
-    static vf add(vf sum, vf w, vf x) { return multiply_add(w, x, sum); }
-    static void expand(const bf16* from, Input* to) {
-        store(to, weight<0>(from));
-        store(to + LANES, weight<1>(from));
-    }
-};
-constexpr bool WIDENS = true;
-#endif
+constexpr int STEP = 2 * LANES;  // inputs are padded with zeros to a multiple of it
+constexpr int PANEL = 2 * LANES;  // weight rows that are worked on together
 
 static inline int64_t whole_steps(int64_t k) { return (k + STEP - 1) / STEP * STEP; }
 
-template <class L, class T, int ROWS, int COLUMNS, int PART>
-static inline __attribute__((always_inline)) void part_of_step(vf (&sums)[ROWS][COLUMNS], const T* w, int64_t w_stride,
-                                                                const typename L::Input* x, int64_t x_stride) {
-    decltype(L::template weight<PART>(w)) weights[COLUMNS];
-#pragma GCC unroll 8
-    for (int c = 0; c < COLUMNS; c++) weights[c] = L::template weight<PART>(w + c * w_stride);
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++) {
-        const auto input = L::template input<PART>(x + r * x_stride);
-#pragma GCC unroll 8
-        for (int c = 0; c < COLUMNS; c++) sums[r][c] = L::add(sums[r][c], weights[c], input);
+// What inputs of a product are stored as: values of T.
+template <class T>
+struct InputOf {
+    typedef float type;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct InputOf<bf16> {
+    typedef bf16 type;
+};
+#endif
+
+// --- turned panels ----------------------------------------------------------------------------------------------
+
+constexpr int64_t DEPTH = 128;  // of a panel in k: it stays in the first cache with the inputs that meet it
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int HIGH = 12;  // rows of inputs a tile takes: 24 sums of 32 registers
+#else
+constexpr int HIGH = 6;  // 12 of 16
+#endif
+
+// sums [ROWS][PANEL] += x [ROWS][depth] times VECS registers of each row of panel [depth][PANEL]
+template <int ROWS, int VECS>
+static void meet(int64_t depth, const float* panel, const float* x, int64_t x_stride, float* sums) {
+    vf total[ROWS][VECS];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECS; v++) total[r][v] = load(sums + r * PANEL + v * LANES);
+    for (int64_t i = 0; i < depth; i++) {
+        vf weights[VECS];
+#pragma GCC unroll 2
+        for (int v = 0; v < VECS; v++) weights[v] = load(panel + i * PANEL + v * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++) {
+            const vf value = splat(x[r * x_stride + i]);
+#pragma GCC unroll 2
+            for (int v = 0; v < VECS; v++) total[r][v] = multiply_add(weights[v], value, total[r][v]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECS; v++) store(sums + r * PANEL + v * LANES, total[r][v]);
+}
+
+template <int VECS>
+static void meet(int64_t rows, int64_t depth, const float* panel, const float* x, int64_t x_stride, float* sums) {
+    for (int64_t r = 0; r < rows; r += HIGH) {
+        const float* from = x + r * x_stride;
+        float* to = sums + r * PANEL;
+        switch (rows - r < HIGH ? rows - r : HIGH) {
+#define CASE(R)                                               \
+    case R:                                                   \
+        meet<R, VECS>(depth, panel, from, x_stride, to);      \
+        break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if defined(__AVX512F__) || defined(__aarch64__)
+            CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+#undef CASE
+        }
     }
 }
 
-// `to` [ROWS][to_stride]: the registers of partial sums, begun anew or gone on with.
-template <class L, class T, int ROWS, int COLUMNS>
-static void tile_of_product(int64_t steps, const T* w, int64_t w_stride, const typename L::Input* x, int64_t x_stride,
-                            vf* to, int64_t to_stride, bool anew) {
-    vf sums[ROWS][COLUMNS];
+// What a thread keeps between products.
+template <class T>
+struct ProductScratch {
+    typedef typename InputOf<T>::type Input;
+    std::vector<float> panel;
+    std::vector<float> results;  // [matrices][rows][PANEL]
+#if defined(__AVX512BF16__)
+    std::vector<T> tails;  // of the weight rows, where k is no whole number of steps
+    std::vector<vf> sums;
+#endif
+};
+
+// Few rows meet the columns as they are turned; nothing is written in between. PARTS registers of weight rows.
+template <class T, int ROWS, int PARTS>
+static void meet_turned(int64_t k, const T* w, int64_t count, const float* x, int64_t x_stride, const T* next, float* results) {
+    vf total[PARTS][ROWS] = {};
+    Fetch fetch{(const char*)next};
+    int64_t d = 0;
+    const auto one = [&](int part, auto turn_some) {
+        const auto row = [=](int64_t i) { return w + (part * LANES + i) * k; };
+        turn_some(row, count - part * LANES, [&](int64_t at, vf column) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) total[part][r] = multiply_add(column, splat(x[r * x_stride + at]), total[part][r]);
+        });
+    };
+    for (; d + columns<T>() <= k; d += columns<T>())
+#pragma GCC unroll 2
+        for (int part = 0; part < PARTS; part++) {
+            one(part, [=](auto row, int64_t rows, auto to) __attribute__((always_inline)) { turn_block<T>(row, rows, d, to); });
+            fetch();
+        }
+    for (int part = 0; part < PARTS; part++)
+        one(part, [=](auto row, int64_t rows, auto to) { turn_rest<T>(row, rows, d, k, to); });
+    for (int r = 0; r < ROWS; r++)
+        for (int part = 0; part < PARTS; part++) store(results + r * PANEL + part * LANES, total[part][r]);
+}
+
+// One task: inputs x [rows, stride] times `count` <= PANEL rows of each of the matrices w [.., k]. Returns the results,
+// [matrices][rows][PANEL]. `next`: where the thread's next task will read as much, or null.
+template <class T, int WEIGHTS>
+static const float* product_task(int64_t rows, int64_t k, const float* x, int64_t x_stride, const T* const (&w)[WEIGHTS],
+                                 const T* const (&next)[WEIGHTS], int64_t count, ProductScratch<T>& scratch) {
+    scratch.results.assign(WEIGHTS * rows * PANEL, 0.f);
+    if (rows <= 2) {
+        for (int m = 0; m < WEIGHTS; m++) {
+            float* results = scratch.results.data() + m * rows * PANEL;
+            if (rows == 1 && count > LANES) meet_turned<T, 1, 2>(k, w[m], count, x, x_stride, next[m], results);
+            else if (rows == 1) meet_turned<T, 1, 1>(k, w[m], count, x, x_stride, next[m], results);
+            else if (count > LANES) meet_turned<T, 2, 2>(k, w[m], count, x, x_stride, next[m], results);
+            else meet_turned<T, 2, 1>(k, w[m], count, x, x_stride, next[m], results);
+        }
+        return scratch.results.data();
+    }
+    scratch.panel.resize(DEPTH * PANEL);
+    for (int64_t begin = 0; begin < k; begin += DEPTH) {
+        const int64_t depth = k - begin < DEPTH ? k - begin : DEPTH;
+        for (int m = 0; m < WEIGHTS; m++) {
+            float* results = scratch.results.data() + m * rows * PANEL;
+            for (int64_t part = 0; part < count; part += LANES) {
+                const T* ahead = next[m] ? next[m] + begin * count + part * depth : nullptr;
+                turn(w[m] + part * k + begin, k, count - part, depth, scratch.panel.data() + part, PANEL, ahead);
+            }
+            if (count > LANES) meet<2>(rows, depth, scratch.panel.data(), x + begin, x_stride, results);
+            else meet<1>(rows, depth, scratch.panel.data(), x + begin, x_stride, results);
+        }
+    }
+    return scratch.results.data();
+}
+
+// --- tiles of bfloat16 pairs ------------------------------------------------------------------------------------
+
+#if defined(__AVX512BF16__)
+
+constexpr int TILE_HEIGHT = 8;
+constexpr int64_t PIECE = 1024;  // of k, after which another tile of inputs comes
+
+template <int ROWS, int COLUMNS>
+static void pairs_tile(int64_t steps, const bf16* w, int64_t w_stride, const bf16* x, int64_t x_stride, vf* to, bool anew) {
+    __m512 sums[ROWS][COLUMNS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-        for (int c = 0; c < COLUMNS; c++) sums[r][c] = anew ? vf{} : to[r * to_stride + c];
-    for (int64_t s = 0; s < steps; s++) {
-        part_of_step<L, T, ROWS, COLUMNS, 0>(sums, w, w_stride, x, x_stride);
-        if constexpr (L::PARTS == 2) part_of_step<L, T, ROWS, COLUMNS, 1>(sums, w, w_stride, x, x_stride);
-        w += STEP;
-        x += STEP;
+        for (int c = 0; c < COLUMNS; c++) sums[r][c] = anew ? _mm512_setzero_ps() : (__m512)to[r * PANEL + c];
+    for (int64_t s = 0; s < steps; s++, w += STEP, x += STEP) {
+        __m512bh weights[COLUMNS];
+#pragma GCC unroll 8
+        for (int c = 0; c < COLUMNS; c++) weights[c] = (__m512bh)_mm512_loadu_si512(w + c * w_stride);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            const __m512bh input = (__m512bh)_mm512_loadu_si512(x + r * x_stride);
+#pragma GCC unroll 8
+            for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], weights[c], input);
+        }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-        for (int c = 0; c < COLUMNS; c++) to[r * to_stride + c] = sums[r][c];
+        for (int c = 0; c < COLUMNS; c++) to[r * PANEL + c] = (vf)sums[r][c];
 }
 
-// The sums of LANES registers, one after another in one register; each is made in one fixed order.
+template <int ROWS>
+static void pairs_columns(int64_t steps, int64_t count, const bf16* w, int64_t w_stride, const bf16* x, int64_t x_stride,
+                          vf* sums, bool anew) {
+    constexpr int COLUMNS = ROWS <= 3 ? 1 : ROWS == 4 ? 2 : 3;  // few rows: one stream of weights at a time
+    int64_t c = 0;
+    for (; c + COLUMNS <= count; c += COLUMNS)
+        pairs_tile<ROWS, COLUMNS>(steps, w + c * w_stride, w_stride, x, x_stride, sums + c, anew);
+    for (; c < count; c++) pairs_tile<ROWS, 1>(steps, w + c * w_stride, w_stride, x, x_stride, sums + c, anew);
+}
+
+static inline void pairs_columns(int rows, int64_t steps, int64_t count, const bf16* w, int64_t w_stride, const bf16* x,
+                                 int64_t x_stride, vf* sums, bool anew) {
+    switch (rows) {
+#define CASE(R)                                                                          \
+    case R:                                                                              \
+        pairs_columns<R>(steps, count, w, w_stride, x, x_stride, sums, anew);            \
+        break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+    }
+}
+
+// The sums of 16 registers, one after another in one register; each is made in one fixed order.
 static inline vf sums_of(const vf* v) {
-#if defined(__AVX512F__)
     __m512 t[16];
     for (int i = 0; i < 16; i++) t[i] = (__m512)v[i];
     for (int i = 0; i < 8; i++) {
@@ -130,113 +221,39 @@ static inline vf sums_of(const vf* v) {
             t[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
         }
     return (vf)t[0];
-#else
-    vf out;
-    for (int i = 0; i < LANES; i++) out[i] = sum(v[i]);
-    return out;
-#endif
 }
 
-// What a thread keeps between products.
-template <class T>
-struct ProductScratch {
-    typedef typename Taken<T>::Input Input;
-    std::vector<Input> inputs;  // [blocks of k][MOST_TILE_ROWS][elements of a block]
-    std::vector<T> tails;       // of the weight rows, where k is no whole number of steps: [MOST_COLUMNS][STEP]
-    std::vector<float> wide;    // widened weight rows [MOST_COLUMNS][k]
-    std::vector<vf> sums;       // [MOST_TILE_ROWS][MOST_COLUMNS]
-    const void* expanded = nullptr;  // the inputs that `inputs` has
-    void forget() { expanded = nullptr; }
-};
-
-template <class L, class T, int ROWS>
-static void columns_of_product(int64_t steps, int64_t count, const T* w, int64_t w_stride,
-                               const typename L::Input* x, int64_t x_stride, vf* sums, bool anew) {
-    constexpr int COLUMNS = columns_of(ROWS);
-    int64_t c = 0;
-    for (; c + COLUMNS <= count; c += COLUMNS)
-        tile_of_product<L, T, ROWS, COLUMNS>(steps, w + c * w_stride, w_stride, x, x_stride, sums + c, MOST_COLUMNS,
-                                             anew);
-    for (; c < count; c++)
-        tile_of_product<L, T, ROWS, 1>(steps, w + c * w_stride, w_stride, x, x_stride, sums + c, MOST_COLUMNS, anew);
-}
-
-template <class L, class T>
-static void columns_of_product(int rows, int64_t steps, int64_t count, const T* w, int64_t w_stride,
-                               const typename L::Input* x, int64_t x_stride, vf* sums, bool anew) {
-    switch (rows) {
-#define CASE(R)                                                                               \
-    case R:                                                                                   \
-        columns_of_product<L, T, R>(steps, count, w, w_stride, x, x_stride, sums, anew);      \
-        break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-#undef CASE
-    }
-}
-
-// One task: `rows` inputs [rows, stride] times `count` <= MOST_COLUMNS weight rows w [count, k], for each of the WEIGHTS
-// matrices. Calls done(first, rows <= 8, results) for runs of rows; results[matrix] is [rows][MOST_COLUMNS].
-template <class T, int WEIGHTS, class Done>
-static void product_task(int64_t rows, int64_t k, const T* x, int64_t x_stride, const T* const (&w)[WEIGHTS],
-                         int64_t count, ProductScratch<T>& scratch, Done done) {
-    typedef Taken<T> L;
-    typedef typename L::Input Input;
-    const int64_t whole = k / STEP * STEP, padded = whole_steps(k);
-    const int64_t pieces = (padded + 511) / 512, piece = whole_steps((padded + pieces - 1) / pieces);
-    const bool widen = WIDENS && sizeof(T) == 2 && rows >= 48;
-    scratch.sums.resize(MOST_TILE_ROWS * MOST_COLUMNS);
-    scratch.inputs.resize(pieces * MOST_TILE_ROWS * piece);
-    scratch.tails.resize(WEIGHTS * MOST_COLUMNS * STEP);
-    if (whole < k)
-        for (int m = 0; m < WEIGHTS; m++)
+template <class T, int WEIGHTS>
+static const float* product_task(int64_t rows, int64_t k, const bf16* x, int64_t x_stride,
+                                 const bf16* const (&w)[WEIGHTS], const bf16* const (&)[WEIGHTS], int64_t count,
+                                 ProductScratch<T>& scratch) {
+    const int64_t whole = k / STEP * STEP;
+    scratch.sums.resize(TILE_HEIGHT * PANEL);
+    scratch.tails.resize(PANEL * STEP);
+    scratch.results.resize(WEIGHTS * rows * PANEL);
+    for (int m = 0; m < WEIGHTS; m++) {
+        if (whole < k)
             for (int64_t c = 0; c < count; c++) {
-                T* tail = scratch.tails.data() + (m * MOST_COLUMNS + c) * STEP;
-                memset((void*)tail, 0, STEP * sizeof(T));
-                memcpy((void*)tail, w[m] + c * k + whole, (k - whole) * sizeof(T));
+                bf16* tail = scratch.tails.data() + c * STEP;
+                memset((void*)tail, 0, STEP * sizeof(bf16));
+                memcpy((void*)tail, w[m] + c * k + whole, (k - whole) * sizeof(bf16));
             }
-    if constexpr (WIDENS && sizeof(T) == 2)
-        if (widen) {
-            scratch.wide.resize(WEIGHTS * MOST_COLUMNS * padded);
-            for (int m = 0; m < WEIGHTS; m++)
-                for (int64_t c = 0; c < count; c++) {
-                    float* to = scratch.wide.data() + (m * MOST_COLUMNS + c) * padded;
-                    for (int64_t i = 0; i < whole; i += STEP) L::expand(w[m] + c * k + i, to + i);
-                    if (whole < k) L::expand(scratch.tails.data() + (m * MOST_COLUMNS + c) * STEP, to + whole);
-                }
-        }
-    const bool have = rows <= HIGH_TILE && scratch.expanded == x;
-    scratch.expanded = rows <= HIGH_TILE ? x : nullptr;
-    alignas(64) float results[WEIGHTS][MOST_TILE_ROWS * MOST_COLUMNS];
-    for (int64_t first = 0; first < rows; first += HIGH_TILE) {
-        const int64_t height = rows - first < HIGH_TILE ? rows - first : HIGH_TILE;
-        for (int m = 0; m < WEIGHTS; m++) {
+        for (int64_t first = 0; first < rows; first += TILE_HEIGHT) {
+            const int64_t height = rows - first < TILE_HEIGHT ? rows - first : TILE_HEIGHT;
+            const bf16* from = x + first * x_stride;
             vf* sums = scratch.sums.data();
-            for (int64_t begin = 0; begin < padded; begin += piece) {
-                const int64_t end = begin + piece < padded ? begin + piece : padded;
-                Input* block = scratch.inputs.data() + begin * MOST_TILE_ROWS;
-                if (!have && m == 0)
-                    for (int64_t r = 0; r < height; r++)
-                        for (int64_t i = begin; i < end; i += STEP)
-                            L::expand(x + (first + r) * x_stride + i, block + r * piece + i - begin);
-                const int64_t inner = (end < whole ? end : whole) - begin;
-                if constexpr (WIDENS && sizeof(T) == 2)
-                    if (widen) {
-                        const float* wide = scratch.wide.data() + m * MOST_COLUMNS * padded + begin;
-                        columns_of_product<Taken<float>, float>(height, (end - begin) / STEP, count, wide, padded, block,
-                                                                piece, sums, begin == 0);
-                        continue;
-                    }
-                if (inner > 0)
-                    columns_of_product<L, T>(height, inner / STEP, count, w[m] + begin, k, block, piece, sums,
-                                             begin == 0);
-                if (end > whole)
-                    columns_of_product<L, T>(height, 1, count, scratch.tails.data() + m * MOST_COLUMNS * STEP, STEP,
-                                             block + whole - begin, piece, sums, whole == 0);
+            for (int64_t begin = 0; begin < whole; begin += PIECE) {
+                const int64_t end = begin + PIECE < whole ? begin + PIECE : whole;
+                pairs_columns(height, (end - begin) / STEP, count, w[m] + begin, k, from + begin, x_stride, sums, begin == 0);
             }
+            if (whole < k)
+                pairs_columns(height, 1, count, scratch.tails.data(), STEP, from + whole, x_stride, sums, whole == 0);
             for (int64_t r = 0; r < height; r++)
                 for (int64_t c = 0; c < count; c += LANES)
-                    store(results[m] + r * MOST_COLUMNS + c, sums_of(sums + r * MOST_COLUMNS + c));
+                    store(scratch.results.data() + (m * rows + first + r) * PANEL + c, sums_of(sums + r * PANEL + c));
         }
-        done(first, height, results);
     }
+    return scratch.results.data();
 }
+
+#endif

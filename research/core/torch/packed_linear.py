@@ -1,7 +1,8 @@
 """The linear layer as fast as this machine's CPU allows, and a pass that moves frozen weights where they read faster.
 
 What was measured (docs/performance.md): for many rows torch's bf16 product runs at the processor's speed with the
-weight as it is, so nothing is gained by other layouts; in float32 oneDNN's product beats the BLAS library's on some
+weight as it is, so nothing is gained by other layouts, where the processor has bf16 products, and at a third of float32's
+where it has none: there a kernel widens the weight as it goes; in float32 oneDNN's product beats the BLAS library's on some
 processors; for few rows (decoding) the weight has to be read once from memory, and the reading speed depends on the
 page size: on 2 MB pages it is up to twice that on 4 KB pages. Shape letters: N rows, I in, O out features.
 """
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from research.core.native.build import multiplies_bf16
 from research.core.torch.native import ops
 
 _HUGE_PAGE = 2 << 20
@@ -22,15 +24,15 @@ _ALIGNMENT = 64
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """``F.linear`` by the fastest of three ways; differentiable. On devices other than the CPU it is ``F.linear``."""
+    """``F.linear`` by the fastest of four ways; differentiable. On devices other than the CPU it is ``F.linear``."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear(x, weight_OI, bias_O)
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad)
     few = x.numel() <= ops.MOST_ROWS * x.shape[-1]
-    if few and not wants_grad:
+    if not wants_grad and (few or (x.dtype == torch.bfloat16 and not multiplies_bf16())):
         same = (x, weight_OI) if bias_O is None else (x, weight_OI, bias_O)
         if x.numel() and weight_OI.is_contiguous() and ops.ready(*same):
-            return ops.linear_rows(x, weight_OI, bias_O)
+            return (ops.linear_rows if few else ops.linear_panels)(x, weight_OI, bias_O)
     elif not few and x.dtype == torch.float32 == weight_OI.dtype and _onednn():
         if wants_grad or (bias_O is not None and bias_O.requires_grad):
             return _OneDnnLinear.apply(x, weight_OI, bias_O)

@@ -280,9 +280,18 @@ MOST_ROWS = 8
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b for at most ``MOST_ROWS`` rows (all axes but the last), without gradient. The weight is contiguous."""
+    return _linear(library().linear_rows, x, weight, bias)
+
+
+def linear_panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As :func:`linear_rows` for any number of rows: in float32 inside, as fast as the processor multiplies that."""
+    return _linear(library().linear_panels, x, weight, bias)
+
+
+def _linear(kernel, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, (n, k) = x.contiguous(), weight.shape
     out = x.new_empty(*x.shape[:-1], n)
-    library().linear_rows(
+    kernel(
         _half(x),
         x.numel() // k,
         n,
