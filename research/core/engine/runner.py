@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from research.core.config.schema import EngineConfig
+from research.core.engine import cuda_graphs
 from research.core.engine.attention import paged_attention, resolve_backend
 from research.core.engine.batch import PagedBatch, StepPlan
 from research.core.engine.cache import PagedCache
@@ -46,9 +47,13 @@ class ModelRunner:
         self.backend = resolve_backend(settings.attention, self.device, self.dtype)
         self.block_size, self.num_blocks = settings.block_size, num_blocks
         self.scale = decoder.spec.head_dim**-0.5
-        self.cache = PagedCache(decoder.spec, num_blocks, self.block_size, self.dtype, self.device, kv_heads)
-        native = settings.native_step and self.backend == "native" and kv_heads in (None, decoder.spec.kv_heads)
-        native = native and NativePagedStep.fits(decoder)
+        alone = kv_heads in (None, decoder.spec.kv_heads)
+        graphs = settings.cuda_graphs and alone and cuda_graphs.fits(decoder.spec, self.device, self.backend)
+        # Captured steps have rows that nobody asked for: they write into one block more.
+        blocks = num_blocks + graphs
+        self.cache = PagedCache(decoder.spec, blocks, self.block_size, self.dtype, self.device, kv_heads)
+        self._graphs = self._new_graphs() if graphs else None
+        native = settings.native_step and self.backend == "native" and alone and NativePagedStep.fits(decoder)
         self._native_step = NativePagedStep(decoder, self.cache.k, self.cache.v) if native else None
 
     @torch.inference_mode()
@@ -65,6 +70,9 @@ class ModelRunner:
         batch = PagedBatch.of(plan, self.block_size, self.device)
         if self._native_step is not None and not adapted:
             return self._run_native(plan, batch)
+        if self._graphs is not None and plan.decode and not adapted and not plan.embedded:
+            logits_RV = self._graphs(plan, batch)
+            return StepOutput(logits_RV if plan.sampled == list(range(len(logits_RV))) else logits_RV[plan.sampled])
         hidden_NH = self._forward(plan, batch)
         ends = batch.query_starts[1:] - 1
         output = StepOutput()
@@ -121,12 +129,33 @@ class ModelRunner:
             output.logits = step(plan.tokens, batch, batch.last_tokens(plan.sampled), rope)
         return output
 
+    def _new_graphs(self) -> cuda_graphs.DecodeGraphs:
+        spec, settings = self.decoder.spec, self.settings
+        longest = min(settings.max_length or spec.usable_length, spec.usable_length)
+        blocks = min(-(-longest // self.block_size), self.num_blocks)
+        return cuda_graphs.DecodeGraphs(
+            self._decode,
+            settings.max_batch,
+            blocks,
+            self.block_size,
+            self.num_blocks,
+            self.device,
+        )
+
+    def _decode(self, ids_R: Tensor, batch: PagedBatch) -> Tensor:
+        """A step of decode rows from tensors alone, as a graph records it -> float32 logits [R, V]."""
+        self.cache.batch = batch
+        return self.decoder.logits(self.decoder.hidden(ids_R[None], self._layout_of(batch, 1), self.cache)[0]).float()
+
     def _layout(self, plan: StepPlan, batch: PagedBatch) -> Layout:
         lengths: Tensor | int = 1
         if plan.prompt_lengths is not None:
             lengths = torch.tensor(plan.prompt_lengths).repeat_interleave(torch.tensor(plan.queries))[None]
             lengths = lengths.to(self.device)
-        layout = Layout(1, len(plan.tokens), batch.positions[None], lengths, against_cache=True)
+        return self._layout_of(batch, lengths)
+
+    def _layout_of(self, batch: PagedBatch, lengths: Tensor | int) -> Layout:
+        layout = Layout(1, len(batch.positions), batch.positions[None], lengths, against_cache=True)
         layout.paged = partial(self._attend, batch)
         return layout
 
