@@ -34,7 +34,8 @@ class Member:
     rank: int | None = None  # None: a helper; the group ends when its ranks have ended
     shown: bool = False  # its output also goes to this process's stdout and stderr
     prefix: str = ""  # before each line that is shown
-    reads_input: bool = False  # it gets this process's standard input
+    reads_input: bool = False  # it gets this process's standard input, unless that is a terminal
+    reads_terminal: bool = False  # it gets that too: it is what the person at the terminal talks to
     note: str | None = None  # the name of its notes, where it runs under worker.py
 
 
@@ -122,7 +123,7 @@ def start(member: Member, notes: Notes) -> Running:
         process = subprocess.Popen(
             list(member.command),
             env=env,
-            stdin=None if member.reads_input and not sys.stdin.isatty() else subprocess.DEVNULL,
+            stdin=None if _gets_input(member) else subprocess.DEVNULL,
             stdout=subprocess.PIPE if member.shown else log,
             stderr=subprocess.PIPE if member.shown else subprocess.STDOUT,
             start_new_session=True,
@@ -134,6 +135,11 @@ def start(member: Member, notes: Notes) -> Running:
             copies.append(threading.Thread(target=_copy, args=(source, out, member.log, member.prefix), daemon=True))
             copies[-1].start()
     return Running(member, process, copies)
+
+
+def _gets_input(member: Member) -> bool:
+    """A rank in a session of its own may read the terminal of this one: it is nobody's background job there."""
+    return member.reads_terminal or (member.reads_input and not sys.stdin.isatty())
 
 
 def become_subreaper() -> None:

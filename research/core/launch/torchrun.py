@@ -41,9 +41,16 @@ def torchrun_command(parallel: ParallelConfig, words: Sequence[str]) -> list[str
 
 
 def torch_workers(
-    cluster: Cluster, words: Sequence[str], logs: Path, *, show_all: bool = False, reads_input: bool = False
+    cluster: Cluster,
+    words: Sequence[str],
+    logs: Path,
+    *,
+    show_all: bool = False,
+    reads_input: bool = False,
+    reads_terminal: bool = False,
 ) -> list[Member]:
-    """This node's ranks, and on node 0 the store at which all meet. ``words``: the program, with its interpreter."""
+    """This node's ranks, and on node 0 the store at which all meet. ``words``: the program, with its interpreter.
+    ``reads_input`` and ``reads_terminal`` are rank 0's."""
     shared = {
         "WORLD_SIZE": str(cluster.workers),
         "LOCAL_WORLD_SIZE": str(cluster.local),
@@ -72,6 +79,7 @@ def torch_workers(
                 shown=show_all or local == 0,
                 prefix=f"[rank {rank}] " if show_all else "",
                 reads_input=reads_input and rank == 0,
+                reads_terminal=reads_terminal and rank == 0,
                 note=f"rank_{rank}",
             )
         )
@@ -95,5 +103,7 @@ def launch(cfg: Config, words: Sequence[str] | None = None) -> int:
         timeout_s=parallel.timeout_s,
     ).meet()
     logs = REPO / "runs" / "launch" / time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}")
-    members = torch_workers(cluster, [sys.executable, *words], logs, reads_input=True)
+    members = torch_workers(
+        cluster, [sys.executable, *words], logs, reads_input=True, reads_terminal=cfg.task.name == "chat"
+    )
     return run_members(members, cluster.missing, cluster.peers())

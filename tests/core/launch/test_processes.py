@@ -258,3 +258,25 @@ def test_chatter_is_left_out_whole_and_nothing_else_is_held_back():
     assert quiet.pass_on(b"[ab") == b"" and quiet.pass_on(b"", last=True) == b"[ab"
     every = Quiet(b"[rank 1] ")
     assert every.pass_on(b"a\nb") == b"[rank 1] a\n" and every.pass_on(b"", last=True) == b"[rank 1] b"
+
+
+def test_only_a_rank_that_is_talked_to_reads_the_terminal(repo, tmp_path):
+    launcher = (
+        "import sys\nfrom pathlib import Path\n"
+        "from research.core.launch.failure import Notes\nfrom research.core.launch.member import Member, start\n"
+        "read = [sys.executable, '-c', 'import sys; print(repr(sys.stdin.readline()))']\n"
+        "for name, talks in (('trains', False), ('chats', True)):\n"
+        "    log = Path(sys.argv[1]) / name\n"
+        "    member = Member(name, read, log, rank=0, reads_input=True, reads_terminal=talks)\n"
+        "    start(member, Notes(Path(sys.argv[1]))).process.wait()\n"
+    )
+    master, terminal = os.openpty()
+    try:
+        os.write(master, b"hello\n")
+        command = [sys.executable, "-c", launcher, str(tmp_path)]
+        subprocess.run(command, stdin=terminal, cwd=repo, check=True, timeout=60)
+    finally:
+        os.close(master)
+        os.close(terminal)
+    assert (tmp_path / "trains").read_text() == "''\n"
+    assert (tmp_path / "chats").read_text() == "'hello\\n'\n"
