@@ -103,6 +103,7 @@ def _built(compiler: str) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+    _log.warning("compiling the CPU kernels, once on this machine (half a minute)")
     with tempfile.TemporaryDirectory(dir=target.parent) as aside:
         jobs = []
         for path in sources:
@@ -124,7 +125,7 @@ def _built(compiler: str) -> Path:
         link = [compiler, "-shared", "-fopenmp", *objects, "-o", f"{aside}/kernels.so"]
         subprocess.run(link, capture_output=True, text=True, check=True)
         os.replace(f"{aside}/kernels.so", target)
-    _log.info("compiled the CPU kernels in %.0f s (kept in %s)", time.monotonic() - started, target.parent)
+    _log.warning("compiled the CPU kernels in %.0f s (kept in %s)", time.monotonic() - started, target.parent)
     return target
 
 
