@@ -13,7 +13,7 @@ from research.core.errors import ConfigError, UserError
 from research.core.launch.environment import place
 from research.core.launch.ranks import launch, needs_launch
 from research.core.serve.journal import log_as_json
-from research.core.serve.server import KEYS_VARIABLE, bind, read_keys, serve, url
+from research.core.serve.server import KEYS_VARIABLE, bind, read_keys, serve, url, warm_up
 from research.core.serve.service import Served
 from research.tasks import serve_vllm
 from research.tasks.answering import EngineModel, mode, open_engine_model
@@ -43,6 +43,7 @@ def run(cfg: Config) -> int:
         model = open_engine_model(cfg)
         log_as_json()
         served = what_is_served(cfg, model, keys)
+        warm_up(served)
         status = serve(served, listener, lambda: print(announcement(served, listener), flush=True))
     finally:
         listener.close()

@@ -11,7 +11,7 @@ import pytest
 
 from research.core.config.schema import ServeConfig
 from research.core.generation.sampling import Sampling
-from research.core.serve.server import bind, url, web_server
+from research.core.serve.server import bind, url, warm_up, web_server
 from research.core.serve.service import Served, Service
 from research.core.text.template import get_template
 
@@ -20,6 +20,7 @@ class Running:
     """A server that answers at ``url``; ``service`` is its own, which lives in ``loop``."""
 
     def __init__(self, served: Served):
+        warm_up(served)  # a first step may have to compile kernels, which takes longer than clients wait
         self.served, self.service, self.loop = served, None, None
         self._started = threading.Event()
         self._listener = bind("127.0.0.1", 0)
