@@ -263,13 +263,16 @@ def _file(flags: argparse.Namespace) -> list[Asked]:
             messages = json.loads(line)
         except json.JSONDecodeError as bad:
             raise DataError(f"not valid JSON: {bad.msg}", where=where) from None
-        keys = {"role", "content"}
-        if not isinstance(messages, list) or not messages or not all(keys <= set(m) for m in messages if m):
+        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise DataError("is no conversation", where=where, hint='[{"role": "user", "content": "text"}]')
         asked.append(Asked(where, messages=messages))
     if not asked:
         raise DataError("holds no conversation", where=path)
     return asked
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def _ids(flags: argparse.Namespace) -> list[Asked]:
