@@ -22,6 +22,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from research.core.config.schema import TrainConfig
 from research.core.errors import UserError
+from research.core.mindspore import native, runtime
 from research.core.mindspore.collectives import AllReduce, Gather, gather_now
 from research.core.mindspore.parallel import World
 from research.core.mindspore.tensor_plan import TensorPlan
@@ -185,23 +186,32 @@ class Update(nn.Cell):
         self.sums, self.first, self.second = optimizer.sums, optimizer.first, optimizer.second
         self.masters, self.rank, self.shards = optimizer.masters, optimizer.rank, optimizer.shards
         self.all_gather = Gather(optimizer.shard_group) if self.shards > 1 else None
+        self.kernel = native.adamw() if native.available() and not runtime.on_ascend() else None
+        decays = (bucket.decay for bucket in self.buckets)
+        self.settings = tuple(Tensor([cfg.beta1, cfg.beta2, cfg.eps, decay], ms.float32) for decay in decays)
 
     def construct(self, factor, rate, correction1, correction2):
         """float32 scalars: the factor on the gradients (clipping), the learning rate, and ``1 - beta^step`` of both
         moments, the second one's root."""
         for n in range(len(self.buckets)):
             bucket = self.buckets[n]
-            gradient = self.part(bucket, self.sums[n].value()) * factor
-            first = self.first[n].value() * self.beta1 + gradient * (1.0 - self.beta1)
-            second = self.second[n].value() * self.beta2 + ops.square(gradient) * (1.0 - self.beta2)
+            gradient = self.part(bucket, self.sums[n].value())
+            first, second = self.first[n].value(), self.second[n].value()
             if self.masters is None:
                 weight = self.part(bucket, flat(bucket, [self.weights[i] for i in self.groups[n]]))
             else:
                 weight = self.masters[n].value()
-            step = first / (ops.sqrt(second) / correction2 + self.eps)
-            if bucket.decay:
-                weight = weight * (1.0 - rate * bucket.decay)
-            weight = weight - step * (rate / correction1)
+            if self.kernel is not None:
+                numbers = ops.stack((factor, rate, correction1, correction2))
+                weight, first, second = self.kernel(weight, gradient, first, second, numbers, self.settings[n])
+            else:
+                gradient = gradient * factor
+                first = first * self.beta1 + gradient * (1.0 - self.beta1)
+                second = second * self.beta2 + ops.square(gradient) * (1.0 - self.beta2)
+                step = first / (ops.sqrt(second) / correction2 + self.eps)
+                if bucket.decay:
+                    weight = weight * (1.0 - rate * bucket.decay)
+                weight = weight - step * (rate / correction1)
             ops.assign(self.first[n], first)
             ops.assign(self.second[n], second)
             if self.masters is not None:
