@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from research.core.engine.api import EngineRequest, TokenLogprob
 from research.core.errors import DataError
 from research.core.serve.errors import bad
-from research.core.serve.events import DONE, EventStream, event
+from research.core.serve.events import DONE, EventStream, event, merged
 from research.core.serve.fields import choices_of, constraint_of, sampling_of, stop_of
 from research.core.serve.logprobs import chat_logprobs
 from research.core.serve.schema import ChatMessage, ChatRequest, StreamOptions, Tool, ToolChoice
@@ -207,7 +207,7 @@ async def _chunks(
         yield chunk(index, {"role": "assistant", "content": ""})
     async for batch in work.batches():
         out = []
-        for _, update, _ in batch:
+        for _, update in merged(batch):
             answer, index = answers[update.choice], update.choice
             if answer.finish is not None:
                 continue

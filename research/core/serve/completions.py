@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from research.core.engine.api import EngineRequest, TokenLogprob
 from research.core.serve.errors import bad
-from research.core.serve.events import DONE, EventStream, event
+from research.core.serve.events import DONE, EventStream, event, merged
 from research.core.serve.fields import choices_of, constraint_of, sampling_of, stop_of
 from research.core.serve.logprobs import CompletionLogprobs
 from research.core.serve.schema import CompletionRequest, StreamOptions
@@ -161,7 +161,7 @@ async def _chunks(
             yield chunk(index, answer.echo)
     async for batch in work.batches():
         out = []
-        for prompt, update, _ in batch:
+        for prompt, update in merged(batch):
             index = prompt * n + update.choice
             answer = answers[index]
             logprobs = answer.lists.lists(update.logprobs) if update.logprobs else None

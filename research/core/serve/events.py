@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
 
+from research.core.engine.api import Update
+from research.core.serve.driver import Arrived
 from research.core.serve.errors import ApiError, ClientGone, payload, translate
 from research.core.serve.service import Work, disconnected
 
 DONE = b"data: [DONE]\n\n"
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def event(data: Any) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+    return b"data: " + _encode(data).encode("utf-8", "replace") + b"\n\n"
+
+
+def merged(batch: Sequence[Arrived]) -> Iterator[tuple[int, Update]]:
+    """The updates of each answer in ``batch`` as one. There are several when the engine is faster than this connection."""
+    found: dict[tuple[int, int], Update] = {}
+    for index, update, _ in batch:
+        before = found.get((index, update.choice))
+        if before is not None:
+            update = replace(
+                update,
+                tokens=before.tokens + update.tokens,
+                text=before.text + update.text,
+                logprobs=before.logprobs + update.logprobs,
+            )
+        found[index, update.choice] = update
+    for (index, _), update in found.items():
+        yield index, update
 
 
 class EventStream(Response):
