@@ -60,23 +60,19 @@ def main(argv: list[str]) -> int:
     most = max([PREFILL, *batches])
     prompts = torch.randint(decoder.spec.vocab, (most, args.prompt), generator=random).tolist()
 
-    cells = [("prefill", prompts[:PREFILL], 1)]
-    for batch in batches:
-        cells += [(f"first {batch}", prompts[:batch], 1), (f"all {batch}", prompts[:batch], args.new)]
+    cells = [(f"first {batch}", prompts[:batch], 1) for batch in sorted({PREFILL, *batches})]
+    cells += [(f"all {batch}", prompts[:batch], args.new) for batch in batches]
     seconds: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder, Busy() as busy:
         contenders = {"ours": ours(decoder, args.prompt + args.new, most)}
         contenders |= peers(decoder, args, most, Path(folder))
-        for round_number in range(args.rounds + 1):
+        for run in contenders.values():
+            run(prompts[:2], 3)  # warms up
+        for round_number in range(args.rounds):
             for label, some, new in cells:
-                if round_number == 0 and new > 1:
-                    new = 3  # the first round warms up
                 for name, run in contenders.items():
-                    took = run(some, new)
-                    if round_number:
-                        seconds.setdefault(name, {}).setdefault(label, []).append(took)
-            if round_number:
-                show(f"round {round_number}: {json.dumps(rates(seconds, batches, args))}")
+                    seconds.setdefault(name, {}).setdefault(label, []).append(run(some, new))
+            show(f"round {round_number + 1}: {json.dumps(rates(seconds, batches, args))}")
 
     found = rates(seconds, batches, args)
     result = {
@@ -107,7 +103,7 @@ def rates(seconds: dict, batches: list[int], args) -> dict[str, dict[str, float]
     out: dict[str, dict[str, float]] = {}
     for name, times in seconds.items():
         middle = {label: statistics.median(values) for label, values in times.items()}
-        out[name] = {"prefill": round(PREFILL * args.prompt / middle["prefill"], 1)}
+        out[name] = {"prefill": round(PREFILL * args.prompt / middle[f"first {PREFILL}"], 1)}
         for batch in batches:
             decoding = middle[f"all {batch}"] - middle[f"first {batch}"]
             out[name][f"batch {batch}"] = round(batch * (args.new - 1) / max(decoding, 1e-9), 1)
