@@ -28,19 +28,22 @@ def event(data: Any) -> bytes:
 
 def merged(batch: Sequence[Arrived]) -> Iterator[tuple[int, Update]]:
     """The updates of each answer in ``batch`` as one. There are several when the engine is faster than this connection."""
-    found: dict[tuple[int, int], Update] = {}
+    found: dict[tuple[int, int], list[Update]] = {}
     for index, update, _ in batch:
-        before = found.get((index, update.choice))
-        if before is not None:
-            update = replace(
-                update,
-                tokens=before.tokens + update.tokens,
-                text=before.text + update.text,
-                logprobs=before.logprobs + update.logprobs,
-            )
-        found[index, update.choice] = update
-    for (index, _), update in found.items():
-        yield index, update
+        found.setdefault((index, update.choice), []).append(update)
+    for (index, _), updates in found.items():
+        if len(updates) == 1:
+            yield index, updates[0]
+            continue
+        yield (
+            index,
+            replace(
+                updates[-1],
+                tokens=tuple(token for update in updates for token in update.tokens),
+                text="".join([update.text for update in updates]),
+                logprobs=tuple(one for update in updates for one in update.logprobs),
+            ),
+        )
 
 
 class EventStream(Response):
