@@ -77,6 +77,7 @@ def answers(out: str) -> list[str]:
     return [part.split("]: ", 1)[1] for part in parts if "Answer[" in part]
 
 
+@pytest.mark.slow
 def test_run_pa_takes_texts_ids_conversations_and_a_dict_with_an_adapter_per_prompt(weights, capsys, tmp_path):
     base = ["--model_path", str(weights), *OWN]
     assert run_pa.main(base) == 0  # the document's own question
