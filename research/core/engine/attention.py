@@ -21,7 +21,7 @@ BACKENDS = ("auto", "reference", "sdpa", "native", "triton", "npu")
 QUERY_PIECE = 256
 
 
-def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
+def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
     """``auto`` -> the fastest backend of this device. Raises :class:`ConfigError` for one that does not run here."""
     kind = torch.device(device).type
     if name not in BACKENDS:
@@ -29,27 +29,30 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
     home = {"native": "cpu", "triton": "cuda", "npu": "npu"}
     if name == "auto":
         name = next((backend for backend, place in home.items() if place == kind), "sdpa")
-        return name if name == "npu" or _ready(name, dtype) else "sdpa"
-    if home.get(name, kind) != kind or not _ready(name, dtype):
+        return name if name == "npu" or _ready(name, dtype, head_dim) else "sdpa"
+    if home.get(name, kind) != kind or not _ready(name, dtype, head_dim):
         raise ConfigError(
-            f"the {name} attention does not run on {kind} here", where="engine.attention", hint="engine.attention=auto"
+            f"the {name} attention does not run on {kind} here, in {dtype} with heads of {head_dim}",
+            where="engine.attention",
+            hint="engine.attention=auto",
         )
     return name
 
 
 def _module(name: str):
-    """The module of a backend that has one: ``paged_attention(...)`` as below without ``backend``, ``ready(dtype)``."""
+    """The module of a backend that has one: ``paged_attention(...)`` as below without ``backend``, ``ready(dtype)``, and ``fits(head_dim)``
+    where it does not know every size."""
     try:
         return importlib.import_module(f"research.core.engine.{name}_attention")
     except ImportError:
         return None
 
 
-def _ready(name: str, dtype: torch.dtype) -> bool:
+def _ready(name: str, dtype: torch.dtype, head_dim: int) -> bool:
     if name in ("reference", "sdpa"):
         return True
     module = _module(name)
-    return module is not None and module.ready(dtype)
+    return module is not None and module.ready(dtype) and getattr(module, "fits", lambda size: True)(head_dim)
 
 
 def paged_attention(

@@ -5,12 +5,14 @@ Pools are [layers, blocks, kv_heads, block_size, head_dim], one tensor for keys 
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import torch
 from torch import Tensor
 
 from research.core.engine.batch import PagedBatch
+from research.core.errors import ConfigError
 from research.core.spec import DecoderSpec
 from research.core.torch.layout import Layout
 
@@ -29,7 +31,15 @@ class PagedCache:
     ):
         """``kv_heads``: those that this rank holds (None: all)."""
         shape = (spec.layers, blocks, kv_heads or spec.kv_heads, block_size, spec.head_dim)
-        self.k, self.v = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
+        try:
+            self.k, self.v = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
+        except (torch.OutOfMemoryError, OSError, OverflowError):
+            size = 2 * math.prod(shape) * dtype.itemsize / 1e9
+            raise ConfigError(
+                f"a cache of {blocks} blocks takes {size:.1f} GB, more than there is on {device}",
+                where="engine.num_blocks",
+                hint="fewer blocks, or none given and engine.memory_fraction",
+            ) from None
         self.block_size = block_size
         self.batch: PagedBatch | None = None
 
@@ -58,7 +68,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     only where they have been written."""
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    count = int(torch.Size(shape).numel())
+    count = math.prod(shape)
     region = mmap.mmap(-1, max(1, count) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:

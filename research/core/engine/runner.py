@@ -44,7 +44,7 @@ class ModelRunner:
         self.decoder, self.settings, self.adapters = decoder.eval(), settings, adapters
         weight = decoder.model.embed_tokens.weight
         self.dtype, self.device = weight.dtype, weight.device
-        self.backend = resolve_backend(settings.attention, self.device, self.dtype)
+        self.backend = resolve_backend(settings.attention, self.device, self.dtype, decoder.spec.head_dim)
         self.block_size, self.num_blocks = settings.block_size, num_blocks
         self.scale = decoder.spec.head_dim**-0.5
         alone = kv_heads in (None, decoder.spec.kv_heads)

@@ -366,6 +366,18 @@ def test_what_can_never_run_is_refused_and_the_engine_goes_on(decoder):
         engine(without_head).submit(EngineRequest((1,), max_new_tokens=1))
 
 
+def test_heads_that_the_kernels_do_not_know_and_caches_that_do_not_fit(decoder):
+    odd = random_decoder(replace(SPEC, head_dim=12))
+    assert (
+        run(engine(odd), [EngineRequest((1, 2, 3), max_new_tokens=5)])[0].tokens
+        == generate(odd, [[1, 2, 3]], None, 5)[0]
+    )
+    with pytest.raises(ConfigError, match="heads of 12"):
+        engine(odd, attention="native")
+    with pytest.raises(ConfigError, match=r"engine\.num_blocks"):
+        engine(decoder, num_blocks=1 << 60)
+
+
 @pytest.mark.parametrize("name", ["block_size", "num_blocks", "max_batch", "max_tokens_per_step", "max_length"])
 def test_impossible_settings_are_refused_by_name(decoder, name):
     with pytest.raises(ConfigError, match=f"engine.{name}"):
