@@ -11,9 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 
 import pytest
 
@@ -22,47 +19,7 @@ from research.core.errors import UserError
 from research.core.serve.journal import JsonLines
 from research.core.serve.server import bind, close_idle, read_keys
 from tests.core.serve.fake_engine import FakeEngine
-
-CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
-
-
-def post(server, path="/v1/chat/completions", body=CHAT, headers=(), raw=None):
-    """(status, headers, parsed body) of one request; ``raw``: these bytes instead of ``body`` as JSON."""
-    data = json.dumps(body).encode() if raw is None else raw
-    request = urllib.request.Request(server.url + path, data, {"Content-Type": "application/json", **dict(headers)})
-    try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return answer.status, answer.headers, json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers, json.loads(error.read())
-
-
-def get(server, path, headers=()):
-    try:
-        with urllib.request.urlopen(urllib.request.Request(server.url + path, headers=dict(headers)), timeout=20) as a:
-            return a.status, a.headers, a.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers, error.read().decode()
-
-
-def until(holds, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "did not happen"
-        time.sleep(0.01)
-
-
-def open_socket(server, data: bytes) -> socket.socket:
-    host, port = server.url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=20)
-    connection.sendall(data)
-    return connection
-
-
-def request_bytes(body: dict, path="/v1/chat/completions") -> bytes:
-    data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    return head.encode() + data
+from tests.core.serve.plain_http import CHAT, get, open_socket, post, request_bytes, until
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +215,7 @@ PROGRAM = """
 import sys
 from tests.core.serve.conftest import Served, ServeConfig, Sampling, get_template, bind, url
 from tests.core.serve.fake_engine import FakeEngine
+from tests.core.serve.plain_http import CHAT, get, open_socket, post, request_bytes, until
 from research.core.serve.server import serve
 engine = FakeEngine(lambda request, choice: "word " * (60 if request.n == 1 else 4000), step_s=0.01, length_limit=9000)
 served = Served("m", engine, get_template("qwen2_5"), Sampling(), ServeConfig(drain_s=60))

@@ -8,7 +8,7 @@ import urllib.request
 import pytest
 
 from tests.core.serve.fake_engine import FakeEngine
-from tests.core.serve.test_limits import get, post
+from tests.core.serve.plain_http import get, post
 
 TEXT = "Grüße, 世界 🙂 STOP and more"
 

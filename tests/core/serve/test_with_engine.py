@@ -17,7 +17,7 @@ from research.core.config.schema import EngineConfig
 from research.core.engine.engine import PagedEngine
 from research.core.text.builtin import builtin_tokenizer
 from tests.core.engine.small_engine import SPEC, random_decoder
-from tests.core.serve.test_limits import open_socket, request_bytes, until
+from tests.core.serve.plain_http import open_socket, request_bytes, until
 
 MODEL = "qwen2_5_tiny"
 
