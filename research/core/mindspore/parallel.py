@@ -67,9 +67,10 @@ class World:
         kind = "cpu" if started.on_cpu else "npu"
         if here is None or here.size == 1:
             return cls(kind)
-        from mindspore.communication import get_group_size, get_rank, init
+        from mindspore.communication import GlobalComm, get_group_size, get_rank, init
 
-        init()
+        if not GlobalComm.INITED:
+            init()
         return cls(kind, get_rank(), get_group_size())
 
     def leave(self) -> None:

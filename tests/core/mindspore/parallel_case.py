@@ -36,7 +36,7 @@ def config(*, steps: int = 3, tensor: int = 1, shard: str = "none", rows: int = 
     train = cfg.train
     train.lr, train.steps, train.epochs, train.schedule, train.warmup_steps = 1e-4, steps, None, "constant", 0
     train.micro_batch, train.log_every, train.dtype, train.async_save, train.resume = rows, 1, "fp32", False, resume
-    train.clip_norm, train.head_chunk = 0.7, 24
+    train.clip_norm, train.head_chunk, train.eval_every = 0.7, 24, 2
     cfg.parallel.tensor, cfg.parallel.shard = tensor, shard
     cfg.device.kind, cfg.device.threads = "cpu", 1
     return cfg

@@ -1,45 +1,34 @@
-"""Several workers under this repository's launcher train as one does, with the optimiser's state whole or in parts."""
+"""Workers under this repository's launcher train and answer as one does: data and tensor parallel, the optimiser's state whole
+or in parts. Starting workers is dear, so each cluster of them does all its cases before the tests look at them."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from research.core.config.backends import check_sharing
+from research.core.config.compose import compose
+from research.core.errors import ConfigError
+from research.core.mindspore.collectives import Group
+from research.core.mindspore.mindir import read_meta
 from research.core.mindspore.optimizer import make_buckets
-from research.core.run.metrics import read_metrics
-from tests.core.mindspore.training_case import decoder, train
-from tests.core.torch.training_case import config, write_data
-
-SETTINGS = {"steps": 4, "lr": 1e-4, "eval_every": 2}
-
-# Every worker runs this; the last line says why one of them ends early.
-WORKER = """
-import sys
-from pathlib import Path
-from research.core.mindspore import runtime
-runtime.require_mindspore()
-import numpy as np
 from research.core.mindspore.parallel import World
-from tests.core.mindspore.training_case import train
-from tests.core.torch.training_case import config
-folder, data, shard, name, rows, failing = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:7]
-for steps, resume in ((2, False), (4, True)):
-    cfg = config(**{settings}, micro_batch=int(rows))
-    cfg.train.steps, cfg.train.resume, cfg.train.schedule, cfg.train.warmup_steps = steps, resume, "constant", 0
-    cfg.device.kind, cfg.device.threads, cfg.parallel.shard = "cpu", 1, shard
-    world = World.join(cfg) if steps == 2 else world
-    world.folder = folder
-    if failing == str(world.rank):
-        raise SystemExit("this worker fails on purpose")
-    _, weights = train(cfg, data, folder / name, world=world)
-if world.main:
-    np.savez(folder / f"{name}.npz", **weights)
-world.leave()
-"""
+from research.core.mindspore.tensor_plan import TensorPlan
+from research.core.run.metrics import read_metrics
+from research.core.spec import MoeSpec
+from research.core.weights.grid import Grid, shard_model
+from research.core.weights.keys import parameter_shapes
+from research.tasks import predict
+from tests.core.mindspore.parallel_case import DENSE, config, train
+from tests.core.mindspore.training_case import decoder
+from tests.core.torch.training_case import write_data
 
 LAUNCHER = """
 import sys
@@ -47,44 +36,161 @@ from pathlib import Path
 from research.core.launch.host import free_port
 from research.core.launch.msrun import Cluster, run_members, workers
 count, folder = int(sys.argv[1]), Path(sys.argv[2])
-cluster = Cluster(count, count, port=free_port(), timeout_s=200)
-sys.exit(run_members(workers(cluster, [sys.executable, *sys.argv[3:]], folder / "logs", show_all=True)))
+cluster = Cluster(count, count, port=free_port(), timeout_s=400)
+program = [sys.executable, "-m", "tests.core.mindspore.parallel_case", str(folder)]
+sys.exit(run_members(workers(cluster, program, folder / "logs", show_all=True)))
 """
 
 
-def _launch(repo: Path, folder: Path, count: int, *words: str) -> subprocess.CompletedProcess:
-    (folder / "worker.py").write_text(
-        WORKER.replace("{settings}", repr({k: SETTINGS[k] for k in ("lr", "eval_every")}))
-    )
-    command = [sys.executable, "-c", LAUNCHER, str(count), str(folder), str(folder / "worker.py"), str(folder), *words]
-    return subprocess.run(command, cwd=repo, capture_output=True, text=True, timeout=540)
+def _launch(repo: Path, folder: Path, count: int, cases: list[dict]) -> subprocess.CompletedProcess:
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-c", LAUNCHER, str(count), str(folder)]
+    # With a thread each: several per worker would wait for each other on few cores.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=540)
+
+
+def _losses(run: Path, kind: str) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_metrics(run, kind)}
+
+
+def _check_same(folder: Path, run: str, name: str, expected: dict[str, np.ndarray]) -> None:
+    """The run's curves and the case's weights are those of the single worker in ``one``."""
+    for kind in ("train", "eval"):
+        assert _losses(folder / run, kind) == pytest.approx(_losses(folder / "one", kind), abs=1e-5), kind
+    norms = [{r["step"]: r["grad_norm"] for r in read_metrics(folder / x, "train")} for x in (run, "one")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # what is cut counts once, so does what is on all
+    weights = np.load(folder / f"{name}.npz")
+    assert set(weights.files) == set(expected)
+    for parameter, value in expected.items():
+        assert weights[parameter].shape == value.shape
+        # Adam magnifies the rounding of gradients near zero: here up to a tenth of lr * steps.
+        assert np.abs(weights[parameter] - value).max() < 1e-5 + 0.1 * 1e-4 * 4, parameter
+
+
+# --- four workers ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "shard"), [(2, "optimizer"), (4, "none")])
-def test_workers_train_as_one_and_go_on_from_their_checkpoint(tmp_path, repo, count, shard):
-    data = write_data(tmp_path / "d", rows=30)
-    cfg = config(**SETTINGS, micro_batch=4, schedule="constant", warmup_steps=0)
-    _, expected = train(cfg, data, tmp_path / "one")
-    done = _launch(repo, tmp_path, count, str(data), shard, "many", str(4 // count), "none")
-    assert done.returncode == 0, done.stderr[-3000:]
-    for kind in ("train", "eval"):
-        found, wanted = ({r["step"]: r["loss"] for r in read_metrics(tmp_path / x, kind)} for x in ("many", "one"))
-        assert found == pytest.approx(wanted, abs=1e-5)
-    weights = np.load(tmp_path / "many.npz")
-    for name, value in expected.items():  # Adam magnifies rounding near zero, here to a tenth of lr * steps
-        assert np.abs(weights[name] - value).max() < 1e-5 + 0.1 * SETTINGS["lr"] * SETTINGS["steps"], name
-    # one worker goes on where many stopped
-    cfg = config(**SETTINGS | {"steps": 5}, micro_batch=4, schedule="constant", warmup_steps=0, resume=True)
-    summary, _ = train(cfg, data, tmp_path / "many")
-    assert summary.steps == 5
+def test_four_workers_train_as_one_on_a_grid_and_go_on_on_another(tmp_path, repo):
+    """2 x 2 with the optimiser's state in parts, then from its checkpoint all four share the layers: kv heads on two workers
+    each, a vocabulary that is filled up. A checkpoint of another grid is refused by name where that is asked for."""
+    data = str(write_data(tmp_path / "d", rows=30))
+    cases = [
+        {"name": "grid", "run": "many", "tensor": 2, "shard": "optimizer", "rows": 2, "steps": 2, "data": data},
+        {"name": "strict", "run": "many", "tensor": 4, "steps": 4, "resume": True, "strict": True, "data": data},
+        {"name": "share", "run": "many", "tensor": 4, "steps": 4, "resume": True, "data": data},
+    ]
+    done = _launch(repo, tmp_path, 4, cases)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    expected = train(config(steps=4), Path(data), tmp_path / "one", World())
+    _check_same(tmp_path, "many", "share", expected)
+    for rank in range(4):
+        refused = (tmp_path / f"strict-{rank}.error").read_text()
+        assert "the grid dp2-tp2-pp1, this run's is dp1-tp4-pp1" in refused and "step-00000002" in refused
+
+
+# --- two workers ----------------------------------------------------------------------------------------------------
+
+
+def _weights(folder: Path) -> Path:
+    """A tiny model whose answers depend on the prompt."""
+    from research.core.text.builtin import builtin_tokenizer
+    from research.core.text.template import get_template
+    from research.core.torch.decoder import Decoder
+    from research.core.torch.weights import save_decoder
+    from research.registry import model_config, model_spec
+    from research.tasks.exporting import tokenizer_files
+
+    model = model_config("qwen1_5_tiny")
+    model.hf["num_hidden_layers"] = 1
+    tokenizer = builtin_tokenizer()
+    ours = Decoder(model_spec(model, tokens=tokenizer.vocab_size)).init_weights(3)
+    for layer in ours.model.layers:
+        layer.self_attn.v_proj.weight.data *= 30
+        layer.mlp.down_proj.weight.data *= 30
+    save_decoder(ours, folder, files=tokenizer_files(tokenizer, get_template("qwen1_5")))
+    return folder
+
+
+@pytest.mark.slow
+def test_two_workers_train_experts_and_adapters_answer_and_run_their_graphs_as_one(tmp_path, repo, capsys):
+    """Data parallel with the state in parts, then tensor parallel, in one run of a mixture of experts; an adapter; 128 tokens
+    of the decoder on two ranks; the graphs of two ranks from whole weights and from parts of four, and theirs."""
+    from research.tasks.cli import main
+
+    data, weights, parts = str(write_data(tmp_path / "d", rows=30)), _weights(tmp_path / "weights"), tmp_path / "parts"
+    assert main(["task=split", f"weights={weights}", f"output={parts}", "reshard.grid=tp4"]) == 0
+    own = ["model=qwen1_5_tiny", "model.hf.num_hidden_layers=1", "backend=mindspore", "device=cpu", "parallel.cards=2"]
+    ask = ["prompt=Hello", "generate.raw=true", "generate.max_new_tokens=128", "generate.temperature=0"]
+    make = ["task=export", *own, "mindir.seq_length=160", "generate.raw=true"]
+    cases = [
+        {"name": "rows", "run": "many", "kind": "moe", "shard": "optimizer", "rows": 2, "steps": 2, "data": data},
+        {"name": "share", "run": "many", "kind": "moe", "tensor": 2, "steps": 4, "resume": True, "data": data},
+        {"name": "adapter", "lora": True, "tensor": 2, "data": data},
+        {"name": "predict", "words": ["task=predict", *own, f"weights={weights}", *ask]},
+        {"name": "export", "words": [*make, f"weights={weights}", f"output={tmp_path / 'graphs'}"]},
+        {"name": "lite", "words": ["task=lite", *own, f"weights={tmp_path / 'graphs'}", *ask]},
+        {
+            "name": "again",
+            "words": [*make, f"weights={parts}", f"tokenizer={weights}", f"output={tmp_path / 'parted'}"],
+        },
+    ]
+    done = _launch(repo, tmp_path, 2, cases)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+    expected = train(config(steps=4), Path(data), tmp_path / "one", World(), "moe")
+    _check_same(tmp_path, "many", "share", expected)
+    (tmp_path / "one").rename(tmp_path / "one-moe")
+    expected = train(config(), Path(data), tmp_path / "one", World(), lora=True)
+    _check_same(tmp_path, "adapter", "adapter", expected)
+    capsys.readouterr()
+    assert predict.run(compose(["task=predict", *own[:2], "device=cpu", f"weights={weights}", *ask])) == 0
+    answer = capsys.readouterr().out
+    assert len(set(answer)) > 5, "the model repeats itself: nothing is proved"
+    for name in ("predict-0", "predict-1", "lite-0", "lite-1"):
+        assert (tmp_path / f"{name}.out").read_text(encoding="utf-8") == answer, name
+    for folder in ("graphs", "parted"):
+        meta = read_meta(tmp_path / folder)  # checks that the graphs of both ranks are there
+        assert meta.ranks == 2
+    for graph in (tmp_path / "graphs").rglob("*.mindir"):
+        assert graph.read_bytes() == (tmp_path / "parted" / graph.relative_to(tmp_path / "graphs")).read_bytes()
 
 
 @pytest.mark.slow
 def test_worker_that_fails_ends_all_with_its_own_error(tmp_path, repo):
-    data = write_data(tmp_path / "d", rows=30)
-    done = _launch(repo, tmp_path, 2, str(data), "none", "many", "2", "1")
+    data = str(write_data(tmp_path / "d", rows=30))
+    done = _launch(repo, tmp_path, 2, [{"name": "many", "data": data, "rows": 2, "fails": 1}])
     assert done.returncode == 1 and "this worker fails on purpose" in done.stdout + done.stderr
+
+
+# --- one process ----------------------------------------------------------------------------------------------------
+
+
+def test_workers_parts_make_up_every_parameter_and_its_samples():
+    moe = replace(DENSE, layers=2, model_type="qwen2_moe", moe=MoeSpec(4, 2, 16, 24, dense_layers=(1,)), tied=False)
+    for count in (2, 4):
+        plans = [TensorPlan(shard_model(moe, Grid(tensor=count)), Group("", count, i, True)) for i in range(count)]
+        local = parameter_shapes(plans[0].local)
+        for number, (name, shape) in enumerate(parameter_shapes(moe).items()):
+            whole = np.random.default_rng(number).random(shape, np.float32)
+            parts = [plan.take(name, whole) for plan in plans]
+            assert all(part.shape == local[name] for part in parts), name
+            assert np.array_equal(plans[0].join(name, parts), whole), name
+            assert plans[0].whole_shape(name, local[name]) == shape
+            samples = sum(plan.sample(name, part, shape, 3) for plan, part in zip(plans, parts))
+            assert np.array_equal(samples, whole.reshape(-1)[::3]), name
+
+
+def test_cards_that_cannot_share_a_models_heads_are_refused_before_anything_starts():
+    words = ["backend=mindspore", "model=qwen2_5_tiny"]
+    with pytest.raises(
+        ConfigError, match=r"parallel.tensor=3[\s\S]*heads do not divide by 3[\s\S]*widths that work: 2"
+    ):
+        check_sharing(compose([*words, "task=finetune", "parallel.cards=3", "parallel.tensor=3"]))
+    with pytest.raises(ConfigError, match=r"CARDS=3 with qwen2_5_tiny"):
+        check_sharing(compose([*words, "task=predict", "parallel.cards=3", "prompt=x"]))
+    check_sharing(compose([*words, "task=finetune", "parallel.cards=3"]))  # every worker has whole layers
 
 
 def test_buckets_hold_every_parameter_once_and_divide_among_the_workers():
