@@ -114,7 +114,10 @@ class PagedBatch:
         blocks, offsets = tables[rows, positions // block_size].astype(np.int64), positions % block_size
 
         def put(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
+            tensor = torch.from_numpy(array)
+            return tensor if on_host else tensor.to(device, non_blocking=True)
+
+        on_host = torch.device(device).type == "cpu"
 
         return cls(
             put(tables),
