@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
         "tokens_per_s": found,
         "of_roofline": shares(found, decoder, roof, batches),
         "ratios": {
-            peer: {cell: round(found["ours"][cell] / found[peer][cell], 2) for cell in found[peer]}
+            peer: {c: round(found["ours"][c] / rate, 2) for c, rate in found[peer].items() if c in found["ours"]}
             for peer in found
             if peer != "ours"
         },
@@ -106,7 +106,8 @@ def rates(seconds: dict, batches: list[int], args) -> dict[str, dict[str, float]
         out[name] = {"prefill": round(PREFILL * args.prompt / middle[f"first {PREFILL}"], 1)}
         for batch in batches:
             decoding = middle[f"all {batch}"] - middle[f"first {batch}"]
-            out[name][f"batch {batch}"] = round(batch * (args.new - 1) / max(decoding, 1e-9), 1)
+            if decoding > 0:  # a disturbance may be longer than the decoding of few tokens
+                out[name][f"batch {batch}"] = round(batch * (args.new - 1) / decoding, 1)
     return out
 
 
