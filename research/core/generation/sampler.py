@@ -140,9 +140,16 @@ def _best(scores_V: np.ndarray, largest: np.float32, enough: Callable[[np.ndarra
 
 
 def _falling(scores_V: np.ndarray, ids_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    ids_K = np.sort(ids_K)  # of equal scores the smaller id first
-    order = np.argsort(-scores_V[ids_K], kind="stable")
-    return scores_V[ids_K[order]], ids_K[order]
+    """``ids_K`` and their scores, the largest score first, of equal ones the smaller id.
+
+    One sort of 64-bit integers, of which the upper half falls as the score rises, is faster than a stable argsort.
+    """
+    scores_K = scores_V[ids_K] + np.float32(0)  # of the two zeros the positive one
+    bits = scores_K.view(np.uint32)
+    rising = np.where(bits >> 31 == 0, bits | np.uint32(1 << 31), ~bits)
+    order = np.sort(((~rising).astype(np.uint64) << np.uint64(32)) | ids_K.astype(np.uint64))
+    ids_K = (order & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    return scores_V[ids_K], ids_K
 
 
 def _log_sum(scores: np.ndarray) -> np.float32:
