@@ -16,6 +16,7 @@ import numpy as np
 from research.core.config.schema import Config, LoraConfig
 from research.core.data.dataset import PackedDataset
 from research.core.errors import ConfigError
+from research.core.launch.environment import place
 from research.core.mindspore import runtime
 from research.core.run.folder import RunFolder
 from research.core.spec import DecoderSpec, MoeSpec
@@ -69,7 +70,7 @@ def work(folder: Path) -> None:
     for case in json.loads((folder / "cases.json").read_text()):
         name, fails, words = case.pop("name"), case.pop("fails", None), case.pop("words", None)
         if words is not None:
-            perform(words, folder / f"{name}-{world.rank}.out")
+            perform(words, folder / f"{name}-{place().rank}.out")
             continue
         kind, lora, data = case.pop("kind", "dense"), case.pop("lora", False), Path(case.pop("data"))
         run, strict = folder / case.pop("run", name), case.pop("strict", False)
@@ -88,7 +89,8 @@ def work(folder: Path) -> None:
             continue
         if world.main:
             np.savez(folder / f"{name}.npz", **weights)
-    world.leave()
+    if world is not None:
+        world.leave()
 
 
 def perform(words: list[str], out: Path) -> None:
