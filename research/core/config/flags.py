@@ -106,7 +106,7 @@ def _each_once(layers: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _read_config(command: Command, as_written: bool) -> tuple[list[str], list[str]]:
-    from research.core.config.mindformers.grid import SPLITS_LAYERS, Ranks
+    from research.core.config.mindformers.grid import Ranks
     from research.core.config.mindformers.models import family_of
     from research.core.config.mindformers.read import read_config
     from research.core.config.mindformers.yaml_file import Job
@@ -128,7 +128,7 @@ def _read_config(command: Command, as_written: bool) -> tuple[list[str], list[st
         family=command.family,
         backend=backend,
         accelerator=as_written or here,
-        splits_layers=as_written or backend in SPLITS_LAYERS,
+        splits_layers=as_written,
         ranks=Ranks(_cards(command), None if wanted is None else truth("use_parallel", wanted)),
         patches=command.patches,
         hf=hf,

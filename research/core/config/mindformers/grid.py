@@ -20,9 +20,10 @@ class Ranks:
     wanted: bool | None = None
 
 
-# Backends whose training splits layers over cards. The others train whole layers on every card with the same number of
-# sequences a step, and spread what fills the memory: weights and all (torch), the optimiser's state (mindspore).
-SPLITS_LAYERS: tuple[str, ...] = ()
+# Backends whose training splits layers over cards, without pipeline stages. Otherwise every card trains whole layers with the
+# same number of sequences a step, and what fills the memory is spread: weights and all (torch), the optimiser's state
+# (mindspore).
+SPLITS_LAYERS = ("mindspore",)
 _INSTEAD = {"torch": "full", "mindspore": "optimizer"}
 
 
@@ -41,8 +42,8 @@ def grid_words(
     """Set ``parallel.*`` for ``grid`` (data, tensor, pipeline).
 
     A file's own grid must make as many cards as were started (``exact``); a published one is fitted to them. Without a
-    launcher the grid says how many cards to start. ``micro``: micro batches that fill the pipeline; ``splits_layers``: whether
-    the backend trains with layers split over cards.
+    launcher the grid says how many cards to start. ``micro``: micro batches that fill the pipeline; ``splits_layers``: the
+    settings are to be as the grid has them. Else training follows it as far as its backend can (:data:`SPLITS_LAYERS`).
     """
     if ranks.wanted is False:
         if ranks.started is not None and ranks.started > 1:
@@ -73,18 +74,16 @@ def grid_words(
     cards = data * tensor * pipeline
     if cards == 1:
         return
-    if answers and backend == "torch":
-        out.notes.append(f"{where}: torch answers with one card, so the grid of {cards} has no effect")
-        return
     if started is None:
         out.set("parallel.cards", cards)
     accumulation = micro if micro is not None else int(out.words.get("train.accumulation", "1"))
-    if not answers and tensor * pipeline > 1 and not splits_layers:
+    follows = splits_layers or (backend in SPLITS_LAYERS and pipeline == 1)
+    if not answers and tensor * pipeline > 1 and not follows:
         _whole_layers(
             out, data, cards, accumulation, backend, where, f"model_parallel {tensor} x pipeline_stage {pipeline}"
         )
         return
-    if answers and data > 1 and backend == "mindspore":
+    if answers and data > 1:
         raise ConfigError(
             f"data_parallel {data} would answer the same on every group of cards",
             where=f"{where}: parallel_config",

@@ -453,14 +453,21 @@ def test_training_whole_layers_keeps_the_sequences_of_a_step(backend, shard):
 
 def test_more_cards_than_sequences_are_announced():
     config = composed("qwen1_5_7b", "lora", "parallel.cards=8", "parallel.tensor=4")
-    reading = read_file(write_config(config, spec_of(config)), "f.yaml", Job())
+    reading = read_file(write_config(config, spec_of(config)), "f.yaml", Job(backend="torch"))
     assert "8 sequences a step, where the grid has 2" in "\n".join(reading.notes)
 
 
-def test_torch_answers_with_one_card():
+def test_mindspore_trains_with_the_layers_split_as_the_grid_has_them():
+    config = composed("qwen1_5_7b", "finetune", "parallel.cards=8", "parallel.tensor=4")
+    reading = read_file(write_config(config, spec_of(config)), "f.yaml", Job())
+    back = compose([*reading.as_words(), "backend=mindspore"])
+    assert (back.parallel.cards, back.parallel.tensor) == (8, 4)
+
+
+def test_torch_answers_with_the_grids_cards():
     config = composed("qwen1_5_7b", "predict", "parallel.cards=2", "parallel.tensor=2")
-    reading = read_file(write_config(config, spec_of(config)), "f.yaml", Job(backend="torch"))
-    assert "parallel.cards" not in reading.words and "torch answers with one card" in "\n".join(reading.notes)
+    back = compose(read_file(write_config(config, spec_of(config)), "f.yaml", Job(backend="torch")).as_words())
+    assert back.parallel.cards == 2
 
 
 # --- adapters' modules ------------------------------------------------------------------------------------------
