@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from research.core.config.compose import compose
-from research.core.errors import ConfigError, run_cli
+from research.core.errors import run_cli
 from research.core.mindspore.mindir import read_meta
-from research.tasks import chat_script, export_mindir, lite_script, predict
+from research.tasks import chat_script, lite_script, predict
 from research.tasks.cli import main
 
 pytest.importorskip("mindspore", reason="the documents' commands run on MindSpore")
@@ -244,10 +244,3 @@ def test_impossible_exports_end_with_status_2_and_leave_nothing(qwen, tmp_path, 
     assert [str(path) for path in Path().rglob("*")] in (["taken", "taken/mindir_full_checkpoint"],) or not list(
         Path("output").rglob("*")
     )
-
-
-def test_several_ranks_are_not_exported_yet_and_it_is_said(qwen, tmp_path):
-    words = ["task=export", "backend=mindspore", f"weights={qwen.folder}", f"output={tmp_path / 'out'}"]
-    with pytest.raises(ConfigError, match="CARDS=1"):
-        export_mindir.run(compose([*words, "parallel.cards=2", "parallel.tensor=2", f"model={qwen.name}", *SIZES]))
-    assert not (tmp_path / "out").exists()

@@ -180,9 +180,13 @@ CODE = "from research.core.native.build import library; print(library() is not N
 
 
 def test_two_processes_build_at_once_and_leave_one_library(tmp_path):
-    processes = [_in_a_process(CODE, QWEN_CACHE=str(tmp_path)) for _ in range(2)]
-    results = [p.communicate(timeout=120) for p in processes]
-    assert results == [("True\n", "")] * 2
+    quick = tmp_path / "quick"
+    quick.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')  # how fast the kernels are does not matter here
+    quick.chmod(0o755)
+    processes = [_in_a_process(CODE, QWEN_CACHE=str(tmp_path), CXX=str(quick)) for _ in range(2)]
+    results = [p.communicate(timeout=300) for p in processes]
+    assert [out for out, _ in results] == ["True\n"] * 2
+    assert all(line.startswith("compil") for _, err in results for line in err.splitlines())
     files = list((tmp_path / "native").iterdir())
     assert len(files) == 1 and files[0].suffix == ".so"
 
@@ -208,7 +212,8 @@ def test_without_kernels_everything_runs_and_the_reason_is_said_once(tmp_path, c
         "False",
         "[[0.9999995231628418, 0.9999995231628418, 0.9999995231628418, 0.9999995231628418]]",
     ]
-    assert err.count("plain operators are used") == 1 and len(err.splitlines()) == 1
+    said = [line for line in err.splitlines() if not line.startswith("compiling")]
+    assert len(said) == 1 and "plain operators are used" in said[0]
     assert not list(tmp_path.rglob("*.so"))
 
 
