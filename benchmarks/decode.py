@@ -25,6 +25,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(Path(__file__).resolve().parent)]
 
+from _transformers_peer import exactly, twin  # noqa: E402
 from roofline import Busy, commit, machine, measure  # noqa: E402
 
 from research.core.errors import run_cli  # noqa: E402
@@ -212,31 +213,11 @@ def linear_only(decoder, new: int) -> Contender:
 
 def transformers_contenders(decoder, new: int) -> dict[str, Contender]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    from research.core.spec import spec_to_hf
-
-    dtype = decoder.lm_head.weight.dtype
-    config = AutoConfig.for_model(**spec_to_hf(decoder.spec))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    # The same values in memory of its own, as from_pretrained would have them.
-    state = {name: value.clone() for name, value in decoder.state_dict().items()}
-    model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
-    rotary = model.model.rotary_emb  # its frequencies were made on the meta device, too
-    model.model.rotary_emb = type(rotary)(config)
-    model.eval()
+    model = twin(decoder)
 
     def contender(cache: str) -> Contender:
-        settings = GenerationConfig(
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-            pad_token_id=0,
-            cache_implementation=cache,
-            disable_compile=True,
-        )
+        settings = exactly(new, cache)
 
         def run(prompt: list[int]):
             clock = Clock()

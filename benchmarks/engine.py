@@ -28,10 +28,12 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(Path(__file__).resolve().parent)]
 
+from _transformers_peer import exactly, twin  # noqa: E402
 from decode import bytes_per_token, random_decoder, show  # noqa: E402
 from roofline import Busy, Roofline, commit, machine, measure  # noqa: E402
 
 from research.core.errors import UserError, run_cli  # noqa: E402
+from research.core.text.without_text import WithoutText  # noqa: E402
 
 # A contender answers prompts with so many tokens each and returns the seconds that took.
 Contender = Callable[[list[list[int]], int], float]
@@ -133,7 +135,7 @@ def ours(decoder, length: int, batch: int) -> Contender:
     blocks = batch * (-(-length // 16) + 1)
     # Without prefixes: every round brings the same prompts.
     settings = EngineConfig(num_blocks=blocks, max_batch=batch, prefix_cache=False)
-    engine = PagedEngine(decoder, Numbers(), settings)
+    engine = PagedEngine(decoder, WithoutText(), settings)
 
     def run(prompts: list[list[int]], new: int) -> float:
         start = time.perf_counter()
@@ -146,21 +148,6 @@ def ours(decoder, length: int, batch: int) -> Contender:
         return time.perf_counter() - start
 
     return run
-
-
-class Numbers:
-    """A vocabulary without texts: the benchmark counts tokens."""
-
-    vocab_size = eos_id = 0
-
-    def stream(self, skip_special: bool = True) -> Numbers:
-        return self
-
-    def push(self, token: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
 
 
 def peers(decoder, args, batch: int, folder: Path) -> dict[str, Contender]:
@@ -188,30 +175,13 @@ def peers(decoder, args, batch: int, folder: Path) -> dict[str, Contender]:
 
 def transformers_static(decoder) -> Contender:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    from research.core.spec import spec_to_hf
-
-    config = AutoConfig.for_model(**spec_to_hf(decoder.spec))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict({k: v.clone() for k, v in decoder.state_dict().items()}, strict=True, assign=True)
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies were made on the meta device, too
-    model.eval()
+    model = twin(decoder)
 
     def run(prompts: list[list[int]], new: int) -> float:
-        settings = GenerationConfig(
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-            pad_token_id=0,
-            cache_implementation="static",
-            disable_compile=True,
-        )
         ids = torch.tensor(prompts)
         start = time.perf_counter()
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=exactly(new))
         assert out.shape == (len(prompts), len(prompts[0]) + new)
         return time.perf_counter() - start
 

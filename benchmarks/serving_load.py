@@ -24,11 +24,12 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(Path(__file__).resolve().parent)]
 
+from _transformers_peer import exactly, twin  # noqa: E402
 from decode import random_decoder, show  # noqa: E402
-from engine import Numbers  # noqa: E402
 from roofline import Busy, commit, machine  # noqa: E402
 
 from research.core.errors import run_cli  # noqa: E402
+from research.core.text.without_text import WithoutText  # noqa: E402
 
 PEER_BATCH = 16
 
@@ -139,7 +140,7 @@ def new_engine(decoder, load: Load):
     from research.core.engine.engine import PagedEngine
 
     blocks = sum(-(-(len(p) + n) // 16) for p, n in zip(load.prompts, load.new)) + 64
-    return PagedEngine(decoder, Numbers(), EngineConfig(num_blocks=blocks))
+    return PagedEngine(decoder, WithoutText(), EngineConfig(num_blocks=blocks))
 
 
 def serve(engine, load: Load) -> dict[str, float]:
@@ -172,17 +173,8 @@ def percentile(values: list[float], percent: int) -> float:
 
 def transformers_batches(decoder):
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    from research.core.spec import spec_to_hf
-
-    config = AutoConfig.for_model(**spec_to_hf(decoder.spec))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict({k: v.clone() for k, v in decoder.state_dict().items()}, strict=True, assign=True)
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies were made on the meta device, too
-    model.eval()
+    model = twin(decoder)
 
     def run(load: Load) -> float:
         order = sorted(range(len(load.prompts)), key=lambda i: (load.new[i], len(load.prompts[i])))
@@ -196,15 +188,7 @@ def transformers_batches(decoder):
                 ids[row, longest - len(load.prompts[i]) :] = torch.tensor(load.prompts[i])
                 mask[row, longest - len(load.prompts[i]) :] = 1
             new = max(load.new[i] for i in some)
-            settings = GenerationConfig(
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                pad_token_id=0,
-                cache_implementation="static",
-                disable_compile=True,
-            )
-            model.generate(ids, attention_mask=mask, generation_config=settings)
+            model.generate(ids, attention_mask=mask, generation_config=exactly(new))
         return time.perf_counter() - start
 
     return run

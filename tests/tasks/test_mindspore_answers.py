@@ -15,6 +15,7 @@ from research.core.config.schema import LoraConfig
 from research.core.errors import ConfigError, run_cli
 from research.tasks import chat_script, predict
 from research.tasks.cli import run_task
+from tests import small_model
 
 pytest.importorskip("mindspore", reason="the answers compared here are MindSpore's")
 
@@ -23,24 +24,7 @@ NEW = "generate.max_new_tokens=12"
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """A tiny Qwen1.5 model whose answers depend on the prompt."""
-    from research.core.text.builtin import builtin_tokenizer
-    from research.core.text.template import get_template
-    from research.core.torch.decoder import Decoder
-    from research.core.torch.weights import save_decoder
-    from research.registry import model_config, model_spec
-    from research.tasks.exporting import tokenizer_files
-
-    model = model_config("qwen1_5_tiny")
-    model.hf["num_hidden_layers"] = 2
-    tokenizer = builtin_tokenizer()
-    decoder = Decoder(model_spec(model, tokens=tokenizer.vocab_size)).init_weights(3)
-    for layer in decoder.model.layers:
-        layer.self_attn.v_proj.weight.data *= 30
-        layer.mlp.down_proj.weight.data *= 30
-    folder = tmp_path_factory.mktemp("model") / "weights"
-    save_decoder(decoder, folder, files=tokenizer_files(tokenizer, get_template("qwen1_5")))
-    return folder
+    return small_model.save(tmp_path_factory.mktemp("model") / "weights", "qwen1_5_tiny", 2)
 
 
 @pytest.fixture(scope="module")

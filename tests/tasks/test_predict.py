@@ -14,25 +14,14 @@ from research.core.config.compose import compose
 from research.core.errors import ConfigError, DataError, UserError, WeightsError
 from research.core.weights.generation import GenerationDefaults
 from research.tasks import answering, predict
+from tests import small_model
 
 NEW = "generate.max_new_tokens=24"
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    from research.core.text.builtin import builtin_tokenizer
-    from research.core.torch.decoder import Decoder
-    from research.core.torch.weights import save_decoder
-    from research.registry import model_config, model_spec
-
-    spec = model_spec(model_config("qwen2_5_tiny"), tokens=builtin_tokenizer().vocab_size)
-    decoder = Decoder(spec).init_weights(3)
-    for layer in decoder.model.layers:  # strong enough for answers that depend on the prompt
-        layer.self_attn.v_proj.weight.data *= 30
-        layer.mlp.down_proj.weight.data *= 30
-    folder = tmp_path_factory.mktemp("model") / "weights"
-    save_decoder(decoder, folder)
-    return folder
+    return small_model.save(tmp_path_factory.mktemp("model") / "weights", "qwen2_5_tiny", vocabulary=False)
 
 
 def _config(weights: Path, *words: str):

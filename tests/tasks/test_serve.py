@@ -16,23 +16,12 @@ from research.core.config.compose import compose
 from research.core.errors import ConfigError, UserError
 from research.core.serve.server import bind
 from research.tasks import predict, serve
+from tests import small_model
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    from research.core.text.builtin import builtin_tokenizer
-    from research.core.torch.decoder import Decoder
-    from research.core.torch.weights import save_decoder
-    from research.registry import model_config, model_spec
-
-    spec = model_spec(model_config("qwen2_5_tiny"), tokens=builtin_tokenizer().vocab_size)
-    decoder = Decoder(spec).init_weights(3)
-    for layer in decoder.model.layers:  # strong enough for answers that depend on the prompt
-        layer.self_attn.v_proj.weight.data *= 30
-        layer.mlp.down_proj.weight.data *= 30
-    folder = tmp_path_factory.mktemp("model") / "weights"
-    save_decoder(decoder, folder)
-    return folder
+    return small_model.save(tmp_path_factory.mktemp("model") / "weights", "qwen2_5_tiny", vocabulary=False)
 
 
 @pytest.fixture(autouse=True)

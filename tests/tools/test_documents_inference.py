@@ -17,6 +17,7 @@ from research.core.errors import run_cli
 from research.core.mindspore.mindir import read_meta
 from research.tasks import chat_script, lite_script, predict
 from research.tasks.cli import main
+from tests import small_model
 
 pytest.importorskip("mindspore", reason="the documents' commands run on MindSpore")
 pytestmark = pytest.mark.slow
@@ -45,22 +46,7 @@ class Tiny:
 
 
 def _tiny(folder: Path, name: str, family: str) -> Tiny:
-    from research.core.text.builtin import builtin_tokenizer
-    from research.core.text.template import get_template
-    from research.core.torch.decoder import Decoder
-    from research.core.torch.weights import save_decoder
-    from research.registry import model_config, model_spec
-    from research.tasks.exporting import tokenizer_files
-
-    model = model_config(name)
-    model.hf["num_hidden_layers"] = 1
-    tokenizer = builtin_tokenizer()
-    decoder = Decoder(model_spec(model, tokens=tokenizer.vocab_size)).init_weights(3)
-    for layer in decoder.model.layers:
-        layer.self_attn.v_proj.weight.data *= 30
-        layer.mlp.down_proj.weight.data *= 30
-    options = {"files": tokenizer_files(tokenizer, get_template(family)), "eos": list(tokenizer.eos_ids(chat=True))}
-    save_decoder(decoder, folder / "hf", **options)
+    small_model.save(folder / "hf", name, 1, eos=True)
     ckpt = folder / "ckpt" / f"{name}_base.ckpt"
     assert main(["task=convert", f"weights={folder / 'hf'}", f"output={ckpt}", "convert.tied_head=copy"]) == 0
     model_dir = folder / "model_dir"

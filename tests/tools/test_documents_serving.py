@@ -18,6 +18,7 @@ from research.core.launch.host import free_port
 from research.core.torch.generate import generate
 from research.core.torch.weights import load_decoder
 from research.tasks import atb, run_fa, run_pa
+from tests import small_model
 
 OWN = ["device=cpu", "generate.dtype=fp32"]
 QUESTION = "What is deep learning?"
@@ -26,22 +27,11 @@ QUESTION = "What is deep learning?"
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     """A tiny chat model as the documents have one: weights, vocabulary, lora_adapter.json with one adapter beside it."""
-    from research.core.text.builtin import builtin_tokenizer
-    from research.core.text.template import get_template
-    from research.core.torch.decoder import Decoder
     from research.core.torch.lora import add_lora, lora_layers, save_adapter
-    from research.core.torch.weights import save_decoder
-    from research.registry import model_config, model_spec
-    from research.tasks.exporting import tokenizer_files
 
     folder = tmp_path_factory.mktemp("serving")
-    tokenizer = builtin_tokenizer()
-    decoder = Decoder(model_spec(model_config("qwen1_5_tiny"), tokens=tokenizer.vocab_size)).init_weights(3)
-    for layer in decoder.model.layers:  # strong enough for answers that depend on the prompt
-        layer.self_attn.v_proj.weight.data *= 30
-        layer.mlp.down_proj.weight.data *= 30
-    files = tokenizer_files(tokenizer, get_template("qwen1_5"))
-    save_decoder(decoder, folder / "chat", files=files, eos=list(tokenizer.eos_ids(chat=True)))
+    small_model.save(folder / "chat", "qwen1_5_tiny", eos=True)
+    decoder = small_model.make("qwen1_5_tiny")
     cfg = LoraConfig(rank=4, alpha=12, target_modules="all-linear")
     add_lora(decoder, cfg, seed=5)
     for _, layer in lora_layers(decoder):

@@ -29,7 +29,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab: int, eos_ids: Collection[int]):
         self._tokenizer, self.vocab = tokenizer, vocab
         self._size = max(vocab, tokenizer.vocab_size)
-        self._eos_ids = sorted(eos_ids) or [tokenizer.eos_id]
+        self._eos_ids = sorted(eos_ids)
         self._library_tokenizer: Any = None
         self._compiled: OrderedDict[str, Any] = OrderedDict()
 
@@ -54,7 +54,7 @@ class Grammars:
         from llguidance import LLTokenizer, TokenizerWrapper
 
         vocabulary = TokenizerWrapper(_Vocabulary(self._tokenizer, self._size))
-        return LLTokenizer(vocabulary, self._size, self._eos_ids)
+        return LLTokenizer(vocabulary, self._size, self._eos_ids or [self._tokenizer.eos_id])
 
 
 class _Vocabulary:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from research.core.config.schema import Config
+from research.core.config.schema import Config, ParallelConfig
 from research.core.errors import ConfigError
 from research.core.launch.environment import LAUNCHED, is_scheduler, place
 from research.core.launch.failure import Notes
@@ -41,6 +41,19 @@ class Cluster:
     port: int = 8118
     node_rank: int = 0
     timeout_s: int = 7200
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> Cluster:
+        """One rank per card. On one node they meet at a free port; several nodes meet at ``master_addr:master_port``."""
+        single = parallel.nodes == 1
+        return cls(
+            workers=parallel.cards * parallel.nodes,
+            local=parallel.cards,
+            address="127.0.0.1" if single else parallel.master_addr,
+            port=free_port() if single else parallel.master_port,
+            node_rank=parallel.node_rank,
+            timeout_s=parallel.timeout_s,
+        )
 
     @property
     def first(self) -> int:
@@ -263,20 +276,9 @@ def needs_launch(cfg: Config) -> bool:
 
 
 def launch(cfg: Config, words: Sequence[str] | None = None) -> int:
-    """Run ``words`` (None: this program's own command line) once per card under MindSpore; returns the first failure's status.
-
-    On one node the workers meet at a free port; several nodes meet at ``master_addr:master_port``.
-    """
+    """Run ``words`` (None: this program's own command line) once per card under MindSpore; returns the first failure's status."""
     parallel, words = cfg.parallel, list(sys.argv if words is None else words)
-    single = parallel.nodes == 1
-    cluster = Cluster(
-        workers=parallel.cards * parallel.nodes,
-        local=parallel.cards,
-        address="127.0.0.1" if single else parallel.master_addr,
-        port=free_port() if single else parallel.master_port,
-        node_rank=parallel.node_rank,
-        timeout_s=parallel.timeout_s,
-    )
+    cluster = Cluster.of(parallel)
     cluster.check()
     check_devices(cluster.local, None if cfg.device.kind == "auto" else cfg.device.kind == "npu")
     cluster = cluster.meet()

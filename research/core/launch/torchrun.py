@@ -15,7 +15,6 @@ from pathlib import Path
 
 from research.core.config.schema import Config, ParallelConfig
 from research.core.launch.environment import LAUNCHED, MEET_S, place
-from research.core.launch.host import free_port
 from research.core.launch.member import Member
 from research.core.launch.msrun import REPO, Cluster, run_members, wrapped
 
@@ -87,21 +86,10 @@ def torch_workers(
 
 
 def launch(cfg: Config, words: Sequence[str] | None = None) -> int:
-    """Run ``words`` (None: this program's own command line) once per card; returns the first failure's exit status.
-
-    On one node the cards meet at a free port; several nodes meet at ``master_addr:master_port``.
-    """
+    """Run ``words`` (None: this program's own command line) once per card; returns the first failure's exit status."""
     parallel, words = cfg.parallel, list(sys.argv if words is None else words)
-    single = parallel.nodes == 1
     print(shlex.join(torchrun_command(parallel, words)), file=sys.stderr, flush=True)
-    cluster = Cluster(
-        workers=parallel.cards * parallel.nodes,
-        local=parallel.cards,
-        address="127.0.0.1" if single else parallel.master_addr,
-        port=free_port() if single else parallel.master_port,
-        node_rank=parallel.node_rank,
-        timeout_s=parallel.timeout_s,
-    ).meet()
+    cluster = Cluster.of(parallel).meet()
     logs = REPO / "runs" / "launch" / time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}")
     members = torch_workers(
         cluster, [sys.executable, *words], logs, reads_input=True, reads_terminal=cfg.task.name == "chat"

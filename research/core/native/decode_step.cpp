@@ -2,12 +2,12 @@
 // block by block and meet only where one product needs all of another. Values are rounded to the tensors' type where
 // the layer-by-layer path rounds them.
 #include <omp.h>
-#include <sched.h>
 
 #include <atomic>
 #include <vector>
 
 #include "dots.h"
+#include "parallel.h"
 
 namespace {
 
@@ -20,26 +20,6 @@ struct Sizes {  // in the order of DecodeStep.SIZES
 };
 
 constexpr int64_t BLOCK_BYTES = 32768;  // of weights that a thread takes at a time
-
-class Barrier {
-   public:
-    explicit Barrier(int threads) : threads_(threads) {}
-    void wait() {
-        const int turn = turn_.load(std::memory_order_acquire);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-            arrived_.store(0, std::memory_order_relaxed);
-            turn_.store(turn + 1, std::memory_order_release);
-            return;
-        }
-        for (int spin = 0; turn_.load(std::memory_order_acquire) == turn; spin++)
-            if (spin > 20000) sched_yield();  // another process has the core that is being waited for
-    }
-
-   private:
-    const int threads_;
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<int> turn_{0};
-};
 
 template <class T>
 class Step {

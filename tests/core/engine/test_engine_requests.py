@@ -10,14 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from research.core.config.schema import EngineConfig
 from research.core.engine.api import Constraint, EmbedRequest, EngineRequest
@@ -27,6 +19,7 @@ from research.core.generation.sampling import Sampling
 from research.core.torch.decoder import Decoder
 from research.core.torch.generate import generate
 from tests.core.engine.small_engine import SPEC, VOCAB, drain, engine, nothing_leaked, random_decoder, run, tokenizer
+from tests.core.torch.test_sampler import _oracle
 
 
 @pytest.fixture(scope="module")
@@ -153,19 +146,6 @@ SAMPLINGS = [
 ]
 
 
-def _distribution(logits: torch.Tensor, prompt, sampling: Sampling) -> np.ndarray:
-    """What transformers' processors leave of the logits."""
-    chain = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)])
-    chain.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        chain.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        chain.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p:
-        chain.append(MinPLogitsWarper(sampling.min_p))
-    return torch.softmax(chain(torch.tensor([prompt]), logits[None].double()), -1)[0].numpy()
-
-
 def test_tokens_are_drawn_from_the_exact_distribution_and_seeds_repeat_them(decoder):
     prompt, draws, each = _prompt(12), 1200, 100
     with torch.inference_mode():
@@ -179,7 +159,7 @@ def test_tokens_are_drawn_from_the_exact_distribution_and_seeds_repeat_them(deco
         for request in requests:
             running.submit(request)
         tokens = [answer.tokens[0] for answer in drain(running).values()]
-        exact = _distribution(logits, prompt, sampling)
+        exact = _oracle(logits.double(), prompt, sampling).numpy()  # what transformers' processors leave
         counts = np.bincount(tokens, minlength=VOCAB)
         assert len(tokens) == draws and not counts[exact == 0].any()
         # Chi-square over the tokens that are expected five times or more, the others as one.

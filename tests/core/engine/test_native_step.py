@@ -18,6 +18,7 @@ from research.core.spec import DecoderSpec, MoeSpec, RopeScaling
 from research.core.torch.decoder import Decoder
 from research.core.torch.layout import Layout
 from research.core.torch.lora import add_lora
+from tests.core.torch.test_decode_step import _decoder
 
 # Sizes that are no multiples of the vector width, three query heads per kv head, a k of more than one piece (ffn).
 BASE = DecoderSpec(
@@ -50,15 +51,6 @@ BLOCK = 16
 LENGTHS = [1, 5, 100, 33, 70]
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler here: the native step does not exist")
-
-
-def _decoder(spec: DecoderSpec, dtype: torch.dtype = torch.float32) -> Decoder:
-    decoder = Decoder(spec).init_weights(1).eval()
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
-    return decoder.to(dtype).requires_grad_(False)
 
 
 def _texts(lengths: list[int]) -> list[list[int]]:

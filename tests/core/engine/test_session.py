@@ -15,18 +15,14 @@ from research.core.text.builtin import builtin_tokenizer
 from research.core.text.template import get_template
 from research.core.torch.decoder import Decoder
 from research.core.torch.generate import Runner
-from research.registry import model_config, model_spec
+from tests import small_model
 
 BLOCK = 8
 
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    decoder = Decoder(model_spec(model_config("qwen2_5_tiny"), tokens=builtin_tokenizer().vocab_size)).init_weights(3)
-    for layer in decoder.model.layers:
-        layer.self_attn.v_proj.weight.data *= 30
-        layer.mlp.down_proj.weight.data *= 30
-    return decoder.eval().requires_grad_(False)
+    return small_model.make("qwen2_5_tiny").eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_p=0.9, seed=4)], ids=["greedy", "sampled"])

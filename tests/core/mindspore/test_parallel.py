@@ -26,6 +26,7 @@ from research.core.spec import MoeSpec
 from research.core.weights.grid import Grid, shard_model
 from research.core.weights.keys import parameter_shapes
 from research.tasks import predict
+from tests import small_model
 from tests.core.mindspore.parallel_case import DENSE, config, train
 from tests.core.mindspore.training_case import decoder
 from tests.core.torch.training_case import write_data
@@ -93,33 +94,14 @@ def test_four_workers_train_as_one_on_a_grid_and_go_on_on_another(tmp_path, repo
 # --- two workers ----------------------------------------------------------------------------------------------------
 
 
-def _weights(folder: Path) -> Path:
-    """A tiny model whose answers depend on the prompt."""
-    from research.core.text.builtin import builtin_tokenizer
-    from research.core.text.template import get_template
-    from research.core.torch.decoder import Decoder
-    from research.core.torch.weights import save_decoder
-    from research.registry import model_config, model_spec
-    from research.tasks.exporting import tokenizer_files
-
-    model = model_config("qwen1_5_tiny")
-    model.hf["num_hidden_layers"] = 1
-    tokenizer = builtin_tokenizer()
-    ours = Decoder(model_spec(model, tokens=tokenizer.vocab_size)).init_weights(3)
-    for layer in ours.model.layers:
-        layer.self_attn.v_proj.weight.data *= 30
-        layer.mlp.down_proj.weight.data *= 30
-    save_decoder(ours, folder, files=tokenizer_files(tokenizer, get_template("qwen1_5")))
-    return folder
-
-
 @pytest.mark.slow
 def test_two_workers_train_experts_and_adapters_answer_and_run_their_graphs_as_one(tmp_path, repo, capsys):
     """A mixture of experts and an adapter with the layers shared; 128 tokens of the decoder on two ranks, and of the graphs of
     two ranks, exported from whole weights and from parts of four."""
     from research.tasks.cli import main
 
-    data, weights, parts = str(write_data(tmp_path / "d", rows=30)), _weights(tmp_path / "weights"), tmp_path / "parts"
+    data, parts = str(write_data(tmp_path / "d", rows=30)), tmp_path / "parts"
+    weights = small_model.save(tmp_path / "weights", "qwen1_5_tiny", 1)
     assert main(["task=split", f"weights={weights}", f"output={parts}", "reshard.grid=tp4"]) == 0
     own = ["model=qwen1_5_tiny", "model.hf.num_hidden_layers=1", "backend=mindspore", "device=cpu", "parallel.cards=2"]
     ask = ["prompt=Hello", "generate.raw=true", "generate.max_new_tokens=128", "generate.temperature=0"]

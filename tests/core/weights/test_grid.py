@@ -93,6 +93,8 @@ def test_sparse_models_without_dense_layers_do_not_ask_their_unused_ffn_to_divid
     from dataclasses import replace
 
     shard_model(replace(SPECS["moe"], ffn=47), Grid(tensor=8))
+    with pytest.raises(ConfigError, match="47"):
+        shard_model(replace(SPECS["mha"], ffn=47), Grid(tensor=8))
 
 
 @pytest.mark.parametrize("family", SPECS)
