@@ -177,20 +177,25 @@ def mindspore_whole(decoder) -> Callable:
 
 def mindspore_stepwise(decoder, prompt: int) -> Callable:
     """What is real of the first ``prompt`` columns is one forward, every further column a step."""
-    from research.core.mindspore.cache import Runner
+    from research.core.mindspore.generate import Runner
+
+    runner = Runner(decoder, states=True)
 
     def compute(ids_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
-        runner = Runner(decoder, ids_BT.shape[1], states=True)
         real = mask_BT[:, :prompt]
         # A row that begins later has a token of filling here, which its first one overwrites.
         prompts = [row[kept].tolist() or [0] for row, kept in zip(ids_BT[:, :prompt], real)]
-        found, cache = runner.prefill(prompts, prompt)
+        cache = runner.new_cache(len(prompts), ids_BT.shape[1])
+        found = runner.prefill(cache, prompts)
         cache.lengths = real.sum(1).astype(np.int32)
         out = np.zeros((*ids_BT.shape, found.shape[-1]), found.dtype)
         for row, kept in enumerate(real):
             out[row, :prompt][kept] = found[row, : int(kept.sum())]
         for column in range(prompt, ids_BT.shape[1]):
-            out[:, column] = runner.step(cache, ids_BT[:, column], mask_BT[:, column])
+            out[:, column] = runner.step(cache, ids_BT[:, column])
+            cache.lengths = (
+                cache.lengths - ~mask_BT[:, column]
+            )  # filling does not count: the next token takes its place
         return out
 
     return compute

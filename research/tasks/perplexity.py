@@ -59,6 +59,7 @@ def measure(job: Job, rows: PackedDataset) -> tuple[float, float]:
             if not mine:  # every card takes part in every forward, some without a row of their own
                 batch.labels[:] = IGNORE
             total, targets = total + loss_of(batch), targets + batch.supervised
-            bar.update(min(begin + size * world.data_size, len(rows)), f"loss {total / max(1, targets):.3f}")
+            so_far = f"loss {total / max(1, targets):.3f}" if total else ""  # the last stage of a pipeline has it
+            bar.update(min(begin + size * world.data_size, len(rows)), so_far)
     total, targets = world.sum(total, targets)
     return total, targets

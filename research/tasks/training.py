@@ -15,6 +15,7 @@ from research.core.config.schema import Config
 from research.core.errors import ConfigError, UserError
 from research.core.run.folder import RunFolder
 from research.core.spec import DecoderSpec
+from research.core.weights.grid import Grid
 from research.registry import model_spec
 from research.tasks.exporting import export_options, is_chat, note
 from research.tasks.framework import half
@@ -106,12 +107,6 @@ def check_training(cfg: Config, spec: DecoderSpec, weights: Path | None) -> None
         raise ConfigError(
             "an embedding model has no output matrix to train", where=f"model={cfg.model.name}", hint="another MODEL"
         )
-    if cfg.parallel.pipeline > 1:
-        raise ConfigError(
-            "training splits the data, the layers' columns and the optimiser's state over the workers, not the layers",
-            where=f"parallel.pipeline={cfg.parallel.pipeline}",
-            hint=f"parallel.tensor={cfg.parallel.tensor * cfg.parallel.pipeline}, or parallel.shard=optimizer",
-        )
     if cfg.data.seq_length > spec.usable_length:
         raise ConfigError(
             f"{cfg.model.name} is made for sequences of at most {spec.usable_length} tokens",
@@ -156,6 +151,8 @@ def announce(job: Job) -> None:
         say("note: train.min_lr_ratio has no effect with a constant schedule")
     if job.world.sharded and cfg.train.sample_every:
         say(f"note: no samples while training with {_splitting(cfg)}: a card has only its part of the weights")
+    if cfg.parallel.pipeline > 1 and cfg.task.name != "perplexity":
+        say(_stages(cfg, spec))
     if cfg.parallel.shard == "full" and job.world.size == 1:
         say("note: parallel.shard=full has no effect on one card")
     if cfg.train.eval_every and not cfg.data.eval_records:
@@ -163,7 +160,21 @@ def announce(job: Job) -> None:
 
 
 def _splitting(cfg: Config) -> str:
-    return "parallel.shard=full" if cfg.parallel.tensor == 1 else f"parallel.tensor={cfg.parallel.tensor}"
+    if cfg.backend == "torch":
+        return "parallel.shard=full"
+    sizes = {"tensor": cfg.parallel.tensor, "pipeline": cfg.parallel.pipeline}
+    return " ".join(f"parallel.{axis}={size}" for axis, size in sizes.items() if size > 1)
+
+
+def _stages(cfg: Config, spec: DecoderSpec) -> str:
+    """The stages' layers, and how long they wait for each other (arXiv 1811.06965, section 2.3)."""
+    stages, micro = cfg.parallel.pipeline, cfg.train.accumulation
+    layers = Grid(pipeline=stages, stage_layers=tuple(cfg.parallel.stage_layers)).layers_per_stage(spec.layers)
+    idle = (stages - 1) / (micro + stages - 1)
+    line = f"{stages} pipeline stages of {' '.join(map(str, layers))} layers, {micro} micro batches: idle {idle:.0%} of the time"
+    return line + (
+        f"; train.accumulation={4 * stages} would be {(stages - 1) / (5 * stages - 1):.0%}" if idle > 0.2 else ""
+    )
 
 
 # --- steps ------------------------------------------------------------------------------------------------------

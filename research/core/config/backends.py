@@ -6,9 +6,11 @@ What cannot be had is an error with the setting to use instead; what makes no di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from research.core.config.schema import Config, MindirConfig
 from research.core.errors import ConfigError
-from research.core.spec import spec_from_hf
+from research.core.spec import DecoderSpec, spec_from_hf
 from research.core.weights.grid import Grid, shard_model
 
 _TRAINING = ("pretrain", "finetune", "lora")
@@ -26,6 +28,12 @@ def check_backend(config: Config) -> None:
 
 def _check_grid(config: Config) -> None:
     parallel = config.parallel
+    if parallel.stage_layers and len(parallel.stage_layers) != parallel.pipeline:
+        raise ConfigError(
+            f"{len(parallel.stage_layers)} numbers of layers for {parallel.pipeline} pipeline stages",
+            where=f"parallel.stage_layers={_listed(parallel.stage_layers)}",
+            hint=f"parallel.pipeline={len(parallel.stage_layers)}",
+        )
     cards, inner = parallel.cards * parallel.nodes, parallel.tensor * parallel.pipeline
     data = parallel.data
     if data is None and cards % inner == 0:
@@ -45,23 +53,49 @@ def _check_grid(config: Config) -> None:
 
 def check_sharing(config: Config) -> None:
     """Raise :class:`ConfigError` when the cards cannot share the model's layers on mindspore; to be called when ``config.model``
-    is known. Answers and graphs are made by all cards together, trainings by ``parallel.tensor`` of them."""
+    is known. Answers and graphs are made by all cards together, trainings by ``parallel.tensor`` of them in each of
+    ``parallel.pipeline`` stages."""
     parallel = config.parallel
     together = config.task.name in _ANSWERS
-    cards = parallel.cards * parallel.nodes if together else parallel.tensor
-    if config.backend != "mindspore" or cards == 1 or config.model.hf.get("num_attention_heads") is None:
+    shares = parallel.cards * parallel.nodes if together else max(parallel.tensor, parallel.pipeline)
+    if config.backend != "mindspore" or shares == 1 or config.model.hf.get("num_attention_heads") is None:
         return
     spec = spec_from_hf({"vocab_size": 1} | {k: v for k, v in config.model.hf.items() if v is not None})
+    if together:
+        _check_shared(config, spec, Grid(tensor=shares), f"CARDS={shares}")
+        return
+    _check_shared(config, spec, Grid(tensor=parallel.tensor), f"parallel.tensor={parallel.tensor}")
+    if parallel.pipeline > spec.layers:
+        raise ConfigError(
+            f"{spec.layers} layers make no {parallel.pipeline} stages",
+            where=f"parallel.pipeline={parallel.pipeline} with {config.model.name}",
+            hint=f"parallel.pipeline={spec.layers} or fewer",
+        )
     try:
-        shard_model(spec, Grid(tensor=cards))
+        Grid(pipeline=parallel.pipeline, stage_layers=tuple(parallel.stage_layers)).layers_per_stage(spec.layers)
     except ConfigError as problem:
-        named = f"CARDS={cards}" if together else f"parallel.tensor={cards}"
+        even = Grid(pipeline=parallel.pipeline).layers_per_stage(spec.layers)
+        raise ConfigError(
+            problem.what,
+            where=f"parallel.stage_layers={_listed(parallel.stage_layers)} with {config.model.name}",
+            hint=f"parallel.stage_layers={_listed(even)}",
+        ) from None
+
+
+def _check_shared(config: Config, spec: DecoderSpec, grid: Grid, named: str) -> None:
+    try:
+        shard_model(spec, grid)
+    except ConfigError as problem:
         raise ConfigError(problem.what, where=f"{named} with {config.model.name}", hint=problem.hint) from None
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return f"[{','.join(map(str, layers))}]"
 
 
 def _check_torch(config: Config) -> None:
     parallel, train = config.parallel, config.train
-    if parallel.tensor * parallel.pipeline > 1:
+    if parallel.tensor * parallel.pipeline > 1 or parallel.stage_layers:
         raise ConfigError(
             "on torch every card has whole layers",
             where=f"parallel.tensor={parallel.tensor} parallel.pipeline={parallel.pipeline}",

@@ -142,7 +142,8 @@ class ParallelConfig:
     master_port: int = 29500
     data: int | None = None  # groups that see different sequences; None: what the cards leave
     tensor: int = 1  # cards that share each layer (mindspore)
-    pipeline: int = 1  # stages that share the layers (mindspore, on Ascend)
+    pipeline: int = 1  # stages that share the layers (training on mindspore)
+    stage_layers: list[int] = field(default_factory=list)  # decoder layers of each stage; empty: even
     shard: str = "none"  # none | optimizer (its state only; mindspore) | full (torch)
     timeout_s: int = 600
 

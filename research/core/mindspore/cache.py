@@ -1,100 +1,62 @@
-"""A batch of prompts and their key/value caches, and the two compiled steps that work on them.
+"""Keys and values of a batch of rows between compiled stages. Their graphs are compiled per shape, so lengths come from few sizes.
 
-Shape letters: B rows, S cache length, K kv heads, D head_dim, V vocabulary.
+Shape letters: B rows, S cache length, K kv heads, D head_dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, ops
 
-from research.core.errors import ConfigError
-from research.core.mindspore.decode import DecodeStep, Prefill
-from research.core.mindspore.decoder import Decoder
-from research.core.mindspore.layout import rope_base
-
-SMALLEST_WIDTH = 16
+SMALLEST_LENGTH = 64
+LENGTH_STEP = 512  # caches longer than this grow by it
 
 
-@dataclass
-class KVCache:
-    """``tensors``: keys and values of every layer in turn, [B, K, S, D]. ``lengths`` int32 [B]: tokens in each row.
-    ``base`` float32 [B, 1]: the rotary base of each row's prompt, kept while it is continued (dynamic NTK only)."""
+def power_of_two(count: int, smallest: int = 1) -> int:
+    """The smallest power of two from ``smallest`` on that is not below ``count``."""
+    size = smallest
+    while size < count:
+        size *= 2
+    return size
 
-    tensors: tuple[Tensor, ...]
-    lengths: np.ndarray
-    base: np.ndarray | None
+
+def cache_length(needed: int) -> int:
+    """Slots of the cache that is compiled for ``needed`` tokens."""
+    if needed <= LENGTH_STEP:
+        return power_of_two(needed, SMALLEST_LENGTH)
+    return -(-needed // LENGTH_STEP) * LENGTH_STEP
+
+
+class GraphCache:
+    """``tensors``: keys and values of every layer in turn, [B', K, S, D], none before the first prefill; B' may be more
+    than the ``batch`` rows in use. ``lengths`` int32 [B]: tokens in each row. ``base`` float32 [B, 1]: the rotary base
+    of each row's prompt, kept while it is continued (dynamic NTK only)."""
+
+    def __init__(self, batch: int, length: int):
+        self.batch, self.length = batch, length
+        self.tensors: tuple[Tensor, ...] = ()
+        self.lengths = np.zeros(batch, np.int32)
+        self.base: np.ndarray | None = None
 
     @property
-    def batch(self) -> int:
-        return len(self.lengths)
+    def used(self) -> int:
+        return int(self.lengths.max(initial=0))
 
-    @property
-    def length(self) -> int:
-        return self.tensors[0].shape[2]
+    def truncate(self, length: int) -> None:
+        """Forget what lies behind the first ``length`` tokens of the only row; with 0 also its rotary base."""
+        assert self.batch == 1 and length <= self.used
+        self.lengths = np.full_like(self.lengths, length)
+        if length == 0:
+            self.tensors, self.base = (), None
 
+    def keep(self, rows: Sequence[int]) -> None:
+        raise AssertionError("a compiled step keeps its rows")
 
-class Runner:
-    """Prefill and decode steps of one decoder with caches of ``length`` slots: compiled once per number of rows (and
-    prompt width), whatever the prompts.
-
-    With ``states`` the results are the hidden states after the final norm instead of logits: of every position of a prompt
-    [B, width, H], and of a step's tokens [B, H].
-    """
-
-    def __init__(self, decoder: Decoder, length: int, states: bool = False):
-        self.decoder, self.length, self.spec = decoder, length, decoder.spec
-        self._prefill, self._step = Prefill(decoder, length, states), DecodeStep(decoder, states)
-        for stage in (self._prefill, self._step):
-            stage.set_train(False)
-
-    def prefill(self, prompts: Sequence[Sequence[int]], width: int | None = None) -> tuple[np.ndarray, KVCache]:
-        """Token-id prompts (at least one token each) -> (float32 logits [B, V] after the last token, their cache).
-
-        Prompts are padded on the right to ``width`` (None: the next power of two, so that few shapes are compiled).
-        Raises :class:`ConfigError` when one does not fit the cache.
-        """
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        longest = int(lengths.max())
-        if longest > self.length:
-            raise ConfigError(
-                f"a prompt of {longest} tokens does not fit the key/value cache of {self.length}",
-                where="generate.max_new_tokens",
-                hint="a shorter prompt",
-            )
-        if width is None:
-            width = SMALLEST_WIDTH
-            while width < longest:
-                width *= 2
-            width = min(width, self.length)
-        ids = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
-        base = rope_base(self.spec, lengths[:, None])
-        logits, *caches = self._prefill(Tensor(ids), Tensor(lengths), *_tensors(base))
-        return logits.asnumpy(), KVCache(tuple(caches), lengths, base)
-
-    def step(self, cache: KVCache, tokens: Sequence[int], counted: np.ndarray | None = None) -> np.ndarray:
-        """One more token in every row -> float32 logits [B, V]; ``cache`` goes on. Raises :class:`ConfigError` when a row
-        is full.
-
-        ``counted`` [B] bool: rows whose token stays; another row's token is filling, overwritten by its next one.
-        """
-        if int(cache.lengths.max()) >= cache.length:
-            raise ConfigError(
-                f"the key/value cache of {cache.length} tokens is full",
-                where="generate.max_new_tokens",
-                hint="fewer new tokens",
-            )
-        inputs = Tensor(np.asarray(tokens, np.int32)), Tensor(cache.lengths)
-        logits, *caches = self._step(*inputs, *_tensors(cache.base), *cache.tensors)
-        more = np.int32(1) if counted is None else np.asarray(counted, np.int32)
-        cache.tensors, cache.lengths = tuple(caches), cache.lengths + more
-        return logits.asnumpy()
-
-
-def _tensors(base: np.ndarray | None) -> tuple[Tensor, ...]:
-    return () if base is None else (Tensor(base),)
+    def grown(self, length: int) -> GraphCache:
+        """A copy with room for ``length`` tokens per row."""
+        new = GraphCache(self.batch, cache_length(length))
+        new.lengths, new.base = self.lengths.copy(), self.base
+        new.tensors = tuple(ops.pad(x, (0, 0, 0, new.length - x.shape[2])) for x in self.tensors)
+        return new

@@ -95,9 +95,9 @@ def own_row(x, size: int, index: int):
     return ops.cat(parts, 0)
 
 
-def gather_now(group: Group | None, value: np.ndarray) -> np.ndarray:
+def gather_now(group: Group, value: np.ndarray) -> np.ndarray:
     """A float32 array of one shape on every worker of the group -> [workers, *shape], at once."""
-    if group is None:
+    if group.size == 1:
         return value[None]
     if group.gathers:
         flat = ops.AllGather(group=group.name)(Tensor(value.reshape(-1)))
@@ -106,3 +106,11 @@ def gather_now(group: Group | None, value: np.ndarray) -> np.ndarray:
         rows[group.index] = value.reshape(-1)
         flat = ops.AllReduce(group=group.name)(Tensor(rows))
     return flat.asnumpy().reshape(group.size, *value.shape)
+
+
+def sum_now(group: Group, value: np.ndarray) -> np.ndarray:
+    """The sum of a float32 array over the group, at once."""
+    if group.size == 1:
+        return value
+    flat = ops.AllReduce(group=group.name)(Tensor(np.ascontiguousarray(value).reshape(-1)))
+    return flat.asnumpy().reshape(value.shape)

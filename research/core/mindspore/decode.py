@@ -41,7 +41,9 @@ class States(nn.Cell):
         return hidden_NH.reshape(input_ids.shape[0], input_ids.shape[1], -1)
 
 
-class _Stage(nn.Cell):
+class CacheStage(nn.Cell):
+    """What the stages that work on caches have in common."""
+
     def __init__(self, decoder: Decoder, states: bool = False):
         """``states``: the hidden states after the final norm take the place of the logits, for :class:`Head`."""
         super().__init__(auto_prefix=False)
@@ -65,7 +67,7 @@ class _Stage(nn.Cell):
         return self.decoder.logits(ops.gather(hidden_NH, rows, 0)).astype(ms.float32)
 
 
-class Prefill(_Stage):
+class Prefill(CacheStage):
     """Prompts padded on the right: (ids [B, T], lengths [B], [base]) -> (logits, caches of ``length`` slots).
 
     The logits are float32 [B, V] after each row's last token; ``states`` are those of every position, [B, T, H].
@@ -97,7 +99,7 @@ class Prefill(_Stage):
         return ops.cat((x_BKTD, ops.zeros((batch, kv_heads, self.length - time, size), x_BKTD.dtype)), 2)
 
 
-class DecodeStep(_Stage):
+class DecodeStep(CacheStage):
     """One token per row: (tokens [B], positions [B], [base], caches) -> (float32 logits [B, V], caches).
 
     ``positions`` is the number of tokens that a row's cache holds: the token's own position and slot.
@@ -143,7 +145,7 @@ class DecodeStep(_Stage):
         return (x_BH if self.states else self.decoder.logits(x_BH).astype(ms.float32),) + out
 
 
-class PagedPrefill(_Stage):
+class PagedPrefill(CacheStage):
     """(ids [B, T], lengths [B], slots [B * T], [base], paged caches) -> (float32 logits [B, V], caches).
 
     ``slots``: block * Z + place of each token, negative for filling.

@@ -30,13 +30,13 @@ class Embedding(nn.Cell):
 
 
 class DecoderModel(nn.Cell):
-    """Embedding, layers and final norm: the part that Hugging Face calls ``model``."""
+    """Embedding, layers and final norm: the part that Hugging Face calls ``model``; or a stage's part of that."""
 
-    def __init__(self, spec: DecoderSpec, dtype, kernels: str):
+    def __init__(self, spec: DecoderSpec, dtype, kernels: str, layers: range, embeds: bool, ends: bool):
         super().__init__()
-        self.embed_tokens = Embedding(spec.vocab, spec.hidden, dtype)
-        self.layers = nn.CellList([DecoderLayer(spec, layer, dtype, kernels) for layer in range(spec.layers)])
-        self.norm = RMSNorm(spec.hidden, spec.norm_eps, dtype, kernels)
+        self.embed_tokens = Embedding(spec.vocab, spec.hidden, dtype) if embeds else None
+        self.layers = nn.CellList([DecoderLayer(spec, layer, dtype, kernels) for layer in layers])
+        self.norm = RMSNorm(spec.hidden, spec.norm_eps, dtype, kernels) if ends else None
 
 
 class Decoder(nn.Cell):
@@ -59,33 +59,41 @@ class Decoder(nn.Cell):
         """``head=False`` leaves out the output matrix (embedding models). ``block``: static hint for packed rows, no
         document is longer (:func:`research.core.mindspore.layout.choose_block`). ``kernels``: the
         switch of :func:`research.core.mindspore.fused.choose_kernels`. ``plan``: the share of ``spec`` to build
-        (:class:`research.core.mindspore.tensor_plan.TensorPlan`); it computes as a whole behind the pass
-        :func:`research.core.mindspore.tensor_parallel.parallelize`."""
+        (:class:`research.core.mindspore.plan.Plan`); it computes as a whole behind the pass
+        :func:`research.core.mindspore.tensor_parallel.parallelize`, a stage within a
+        :class:`research.core.mindspore.pipeline.Pipeline`."""
         super().__init__()
         self.spec, self.dtype, self.block = spec, dtype, block
         self.plan, self.joined = plan, False
+        layers = range(spec.layers) if plan is None else plan.layers
+        self.first, self.last = plan is None or plan.first, plan is None or plan.last
         spec = spec if plan is None else plan.local
         self.kernels = choose_kernels(kernels, dtype)
         self.by_runs = self.kernels == "native" and native.attends(spec.head_dim)
-        self.model = DecoderModel(spec, dtype, self.kernels)
+        embeds = self.first or (self.last and spec.tied)
+        self.model = DecoderModel(spec, dtype, self.kernels, layers, embeds, self.last)
+        for n, layer in enumerate(self.model.layers):  # names count the whole model's layers
+            for parameter in layer.get_parameters():
+                parameter.name = parameter.name.replace(f".{n}.", f".{layers[n]}.", 1)
         self.tied, self.has_head = spec.tied, head
-        self.lm_head = Linear(spec.hidden, spec.vocab, False, dtype) if head and not spec.tied else None
+        own_head = head and not spec.tied and self.last
+        self.lm_head = Linear(spec.hidden, spec.vocab, False, dtype) if own_head else None
         self.rotary = Rotary(spec)
         self.causal, self.window = spec.causal, spec.sliding_window
-        self.sliding = tuple(
-            layer in spec.sliding_layers and spec.sliding_window is not None for layer in range(spec.layers)
-        )
+        self.sliding = tuple(layer in spec.sliding_layers and spec.sliding_window is not None for layer in layers)
         self.any_sliding, self.any_full = any(self.sliding), not all(self.sliding)
         self.sparse = any(spec.is_sparse(layer) for layer in range(spec.layers))
         self.project = ops.MatMul(transpose_b=True)
         self.set_train(False)
 
-    def hidden(self, input_ids, position_ids=None, doc_ids=None, rope_base=None, ends=None):
+    def hidden(self, input_ids, position_ids=None, doc_ids=None, rope_base=None, ends=None, before=None):
         """Token ids [B, T] -> ([N, H] after the final norm, keys and values of every layer, router counts or None).
 
         ``position_ids`` and ``doc_ids`` [B, T] (0: filling); None: every row is one whole document. ``rope_base``
         float32 [B, 1 or T] for models with dynamic NTK. ``ends``: for Ascend's operator, see
         :func:`research.core.mindspore.fused.flash_attention`. The counts are [2, E], summed over the sparse layers.
+        A stage that is not the first begins with ``before`` = (states [N, H], counts or None) of the stage before it; one that is
+        not the last leaves the final norm out.
         """
         batch, time = input_ids.shape
         if position_ids is None:
@@ -95,15 +103,19 @@ class Decoder(nn.Cell):
         sliding = self.seen(doc_ids, batch, time, block, ends, self.window) if self.any_sliding else None
         real_N = None if doc_ids is None else (doc_ids != 0).astype(ms.float32).reshape(-1)
         tables = self.rotary(position_ids, rope_base, self.dtype)
-        x_NH = self.model.embed_tokens(input_ids.reshape(-1))
-        keys, values, counts = (), (), None
+        if self.first:
+            before = self.model.embed_tokens(input_ids.reshape(-1)), None
+        x_NH, counts = before
+        keys, values = (), ()
         for n, layer in enumerate(self.model.layers):
             seen = sliding if self.sliding[n] else full
             x_NH, k, v, sent = layer(x_NH, tables, batch, time, block, seen, real_N)
             keys, values = keys + (k,), values + (v,)
             if sent is not None:
                 counts = sent if counts is None else counts + sent
-        return self.model.norm(x_NH), keys, values, counts
+        if self.last:
+            x_NH = self.model.norm(x_NH)
+        return x_NH, keys, values, counts
 
     def seen(self, doc_ids, batch: int, time: int, block, ends, window):
         """What one kind of layer sees, as its attention takes it: (mask, ends, documents), each None where not needed.

@@ -8,10 +8,10 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import nn, ops
 
-from research.core.mindspore.decode import _Stage
+from research.core.mindspore.decode import CacheStage
 
 
-class Extend(_Stage):
+class Extend(CacheStage):
     """The rest of a prompt, padded on the right: (ids [B, T], starts [B], lengths [B], [base], caches) -> (float32 logits
     [B, V] after each row's last token, caches).
 

@@ -11,13 +11,14 @@ import contextlib
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 
 from research.core.errors import ConfigError
 from research.core.generation.loop import run_requests
 from research.core.generation.requests import OnToken, as_requests
 from research.core.generation.sampler import Sampler
 from research.core.generation.sampling import Sampling
+from research.core.mindspore.cache import GraphCache, cache_length, power_of_two
 from research.core.mindspore.decode import DecodeStep, Prefill
 from research.core.mindspore.decoder import Decoder
 from research.core.mindspore.extend import Extend, Greedy
@@ -25,67 +26,21 @@ from research.core.mindspore.layout import rope_base
 from research.core.spec import DecoderSpec
 
 SMALLEST_WIDTH = 16
-SMALLEST_LENGTH = 64
-LENGTH_STEP = 512  # caches longer than this grow by it
-
-
-def power_of_two(count: int, smallest: int = 1) -> int:
-    """The smallest power of two from ``smallest`` on that is not below ``count``."""
-    size = smallest
-    while size < count:
-        size *= 2
-    return size
-
-
-def cache_length(needed: int) -> int:
-    """Slots of the cache that is compiled for ``needed`` tokens."""
-    if needed <= LENGTH_STEP:
-        return power_of_two(needed, SMALLEST_LENGTH)
-    return -(-needed // LENGTH_STEP) * LENGTH_STEP
-
-
-class GraphCache:
-    """``tensors``: keys and values of every layer in turn, [B', K, S, D], none before the first prefill; B' may be more
-    than the ``batch`` rows in use. ``lengths`` int32 [B]: tokens in each row. ``base`` float32 [B, 1]: the rotary base
-    of each row's prompt, kept while it is continued (dynamic NTK only)."""
-
-    def __init__(self, batch: int, length: int):
-        self.batch, self.length = batch, length
-        self.tensors: tuple[Tensor, ...] = ()
-        self.lengths = np.zeros(batch, np.int32)
-        self.base: np.ndarray | None = None
-
-    @property
-    def used(self) -> int:
-        return int(self.lengths.max(initial=0))
-
-    def truncate(self, length: int) -> None:
-        """Forget what lies behind the first ``length`` tokens of the only row; with 0 also its rotary base."""
-        assert self.batch == 1 and length <= self.used
-        self.lengths = np.full_like(self.lengths, length)
-        if length == 0:
-            self.tensors, self.base = (), None
-
-    def keep(self, rows: Sequence[int]) -> None:
-        raise AssertionError("a compiled step keeps its rows")
-
-    def grown(self, length: int) -> GraphCache:
-        """A copy with room for ``length`` tokens per row."""
-        new = GraphCache(self.batch, cache_length(length))
-        new.lengths, new.base = self.lengths.copy(), self.base
-        new.tensors = tuple(ops.pad(x, (0, 0, 0, new.length - x.shape[2])) for x in self.tensors)
-        return new
 
 
 class Runner:
-    """Prefill, extension and decode steps of one decoder, each compiled when it first meets a shape."""
+    """Prefill, extension and decode steps of one decoder, each compiled when it first meets a shape.
+
+    With ``states`` a prefill and a step give the hidden states after the final norm instead of logits: of every position of
+    the prompts, filling included, [B, width, H], and of a step's tokens [B, H].
+    """
 
     fixed_rows = True
 
-    def __init__(self, decoder: Decoder):
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, states: bool = False):
+        self.decoder, self.states = decoder, states
         self._prefills: dict[int, nn.Cell] = {}
-        self._extend, self._step = Extend(decoder), DecodeStep(decoder)
+        self._extend, self._step = Extend(decoder), DecodeStep(decoder, states)
         self._greedy_step = Greedy(self._step)
 
     @property
@@ -170,7 +125,7 @@ class Runner:
 
     def _prefill_of(self, length: int) -> nn.Cell:
         if length not in self._prefills:
-            self._prefills[length] = Prefill(self.decoder, length)
+            self._prefills[length] = Prefill(self.decoder, length, self.states)
         return self._prefills[length]
 
     def _inputs(self, prompts: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:

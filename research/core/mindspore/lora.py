@@ -19,11 +19,12 @@ from research.core import lora as common
 from research.core.config.schema import LoraConfig
 from research.core.mindspore.dropout import Dropout, new_key
 from research.core.mindspore.linear import Linear
-from research.core.mindspore.tensor_plan import TensorPlan
 from research.core.mindspore.weights import set_value, to_numpy
+from research.core.spec import DecoderSpec
 from research.core.weights.cast import cast
 from research.core.weights.formats import safetensors, torch_bin
 from research.core.weights.initial import Stream
+from research.core.weights.keys import parameter_shapes
 from research.core.weights.tensors import Files, read_tensor
 
 
@@ -46,16 +47,6 @@ class LoraLinear(nn.Cell):
         self.matmul = ops.MatMul(transpose_b=True)
         self.bias_add = ops.BiasAdd()
 
-    def reset(self, stream: Stream, plan: TensorPlan | None = None) -> None:
-        """PEFT's initialisation: A Kaiming uniform with a = sqrt 5 (bound 1 / sqrt(in)), B zero; the torch pass's values.
-        With a ``plan`` they are drawn for the whole, and this worker's part is taken."""
-        shape = (self.rank, self.in_features)
-        if plan is not None:
-            shape = plan.whole_shape(self.lora_A.name, shape)
-        bound = shape[1] ** -0.5
-        value = stream.uniform(shape, -bound, bound)
-        set_value(self.lora_A, value if plan is None else plan.take(self.lora_A.name, value))
-
     def construct(self, x):
         out = self.matmul(x, self.weight)
         if self.has_bias:
@@ -77,35 +68,47 @@ class LoraLinear(nn.Cell):
 
 
 def linears(decoder: nn.Cell) -> dict[str, Linear]:
-    """Every Linear that can carry an adapter, by name: all but the head, whose weight the loss reads by itself."""
-    return {
-        name: cell
-        for name, cell in decoder.cells_and_names()
-        if isinstance(cell, Linear) and name.rsplit(".", 1)[-1] != "lm_head"
+    """Every Linear that can carry an adapter, by its weight's name: all but the head, whose weight the loss reads by itself."""
+    cells = (cell for _, cell in decoder.cells_and_names() if isinstance(cell, Linear))
+    found = {cell.weight.name.removesuffix(".weight"): cell for cell in cells}
+    found.pop("lm_head", None)
+    return found
+
+
+def linear_sizes(spec: DecoderSpec) -> dict[str, tuple[int, int]]:
+    """Name -> (in, out) features of the whole model's :func:`linears`, in its order, wherever a decoder has them."""
+    shapes = parameter_shapes(spec, head=False)
+    matrices = {
+        name: shape for name, shape in shapes.items() if len(shape) == 2 and name != "model.embed_tokens.weight"
     }
+    return {name.removesuffix(".weight"): (shape[1], shape[0]) for name, shape in matrices.items()}
 
 
 def add_lora(decoder: nn.Cell, cfg: LoraConfig, *, seed: int = 0, dtype=None, log=lambda line: None) -> list[str]:
-    """Freeze ``decoder``, exchange the chosen Linears by LoraLinears, initialise them from ``seed``; return their names.
+    """Freeze ``decoder``, exchange the chosen Linears by LoraLinears, initialise them from ``seed``; return the names of the
+    whole model's.
 
     ``dtype`` stores A and B (None: the base's). Stacked MoE experts are not Linears and stay as they are. To be done
     before the decoder is first called.
     """
-    found = linears(decoder)
-    names = common.choose_targets(list(found), cfg.target_modules)
+    found, sizes, plan = linears(decoder), linear_sizes(decoder.spec), decoder.plan
+    names = common.choose_targets(list(sizes), cfg.target_modules)
     common.check_lora(cfg, names)
-    stream = Stream(seed)
-    layers, key = {}, new_key()
+    stream, layers, key, trainable = Stream(seed), {}, new_key(), 0
     for place, name in enumerate(names):
-        layers[name] = _layer(found[name], name, cfg, dtype, key, place)
-        layers[name].reset(stream, decoder.plan)
+        in_features, out_features = sizes[name]
+        rank = common.pattern_value(cfg.rank_pattern, name, cfg.rank)
+        # PEFT's initialisation, the torch pass's values: A Kaiming uniform with a = sqrt 5, B zero. Drawn for the whole of
+        # every module, also where another worker has it.
+        value = stream.uniform((rank, in_features), -(in_features**-0.5), in_features**-0.5)
+        trainable += rank * (in_features + out_features)
+        if name in found:
+            layer = layers[name] = _layer(found[name], name, cfg, dtype, key, place)
+            set_value(layer.lora_A, value if plan is None else plan.take(layer.lora_A.name, value))
     _exchange(decoder, layers)
-    plan, parameters = decoder.plan, list(decoder.get_parameters())
-    shapes = {p.name: tuple(p.shape) if plan is None else plan.whole_shape(p.name, p.shape) for p in parameters}
-    total = sum(math.prod(shape) for shape in shapes.values())
-    trainable = sum(math.prod(shapes[p.name]) for p in parameters if p.requires_grad)
+    total = trainable + sum(math.prod(shape) for shape in parameter_shapes(decoder.spec, decoder.has_head).values())
     log(f"LoRA on {len(names)} modules: {trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %)")
-    if any(".experts." in p.name for p in decoder.get_parameters()):
+    if decoder.sparse:
         log("LoRA: the routed experts are stacked matrices, not Linears, and carry no adapter")
     return names
 
@@ -121,8 +124,13 @@ def _exchange(decoder: nn.Cell, layers: dict[str, nn.Cell]) -> None:
     for parameter in decoder.get_parameters():
         parameter.requires_grad = False
     cells = dict(decoder.cells_and_names())
+    places = {
+        cell.weight.name.removesuffix(".weight"): place
+        for place, cell in cells.items()
+        if isinstance(cell, (Linear, LoraLinear))
+    }  # a stage counts its layers from 0, their names do not
     for name, layer in layers.items():
-        owner, _, attribute = name.rpartition(".")
+        owner, _, attribute = places[name].rpartition(".")
         layer.set_train(cells[owner].training)
         names = [(parameter, parameter.name) for parameter in layer.get_parameters()]
         setattr(cells[owner], attribute, layer)
@@ -166,15 +174,15 @@ def save_adapter(
     values: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write the adapter as PEFT does, in float32; each file appears under its name only when it is complete. ``values``: the
-    whole parameters by name, where the decoder has parts of them."""
-    values = {} if values is None else values
+    whole model's adapters by parameter, where the decoder has parts of them."""
+    if values is None:
+        values = {parameter.name: to_numpy(parameter) for parameter in adapter_tensors(decoder).values()}
+    parts = {name: name.rpartition(".lora_")[::2] for name in values}
     tensors = {
-        key: np.ascontiguousarray(values[p.name] if p.name in values else to_numpy(p), np.float32)
-        for key, p in adapter_tensors(decoder).items()
+        common.tensor_key(*parts[name]): np.ascontiguousarray(value, np.float32) for name, value in values.items()
     }
-    names = [name for name, _ in lora_layers(decoder)]
-    cells = (cell for _, cell in decoder.cells_and_names() if isinstance(cell, (Linear, LoraLinear)))
-    every = [cell.weight.name.removesuffix(".weight") for cell in cells]
+    names = list(dict.fromkeys(module for module, _ in parts.values()))
+    every = [*linear_sizes(decoder.spec), *(["lm_head"] if decoder.has_head and not decoder.tied else [])]
     config = common.adapter_config(cfg, names, every, base)
     common.write_adapter(folder, config, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
@@ -194,16 +202,14 @@ def load_adapter(
     path = common.weights_path(folder, allow_pickle)
     entries = safetensors.read_entries(path) if path.name == common.WEIGHTS_FILE else torch_bin.read_file(path)
     pairs = common.pairs_of(list(entries), path)
-    found = linears(decoder)
+    found, plan = linears(decoder), decoder.plan
     shapes = {name: {part: entries[key].shape for part, key in parts.items()} for name, parts in pairs.items()}
-    plan = decoder.plan
-    sizes = {name: tuple(linear.weight.shape) for name, linear in found.items()}
-    if plan is not None:
-        sizes = {name: plan.whole_shape(f"{name}.weight", size) for name, size in sizes.items()}
-    common.check_shapes(shapes, {name: (size[1], size[0]) for name, size in sizes.items()}, cfg, folder)
+    common.check_shapes(shapes, linear_sizes(decoder.spec), cfg, folder)
     layers, key = {}, new_key()
     with Files() as files:
         for place, (name, parts) in enumerate(pairs.items()):
+            if name not in found:  # another stage's
+                continue
             layers[name] = _layer(found[name], name, cfg, dtype, key, place)
             for part, stored in parts.items():
                 bits = read_tensor(files, entries[stored])

@@ -16,7 +16,7 @@ from research.core.mindspore.attention import HIDDEN
 from research.core.mindspore.collectives import own_row
 from research.core.mindspore.decoder import Decoder
 from research.core.mindspore.moe import balance_loss
-from research.core.mindspore.tensor_plan import TensorPlan
+from research.core.mindspore.plan import Plan
 
 IGNORED = -100
 
@@ -97,7 +97,7 @@ class SplitCrossEntropy(LinearCrossEntropy):
     """The cross-entropy against a vocabulary that lies over the workers: they exchange a logarithm and the target's logit per
     row, never the logits."""
 
-    def __init__(self, chunk: int, plan: TensorPlan):
+    def __init__(self, chunk: int, plan: Plan):
         super().__init__(chunk)
         self.start, self.rows = plan.vocab_start, plan.vocab_rows
         # Operators, not Cells: a Cell with a gradient of its own may not hold any.
@@ -142,17 +142,18 @@ class Objective(nn.Cell):
         """``router``: with the load-balancing loss of a mixture of experts."""
         super().__init__(auto_prefix=False)  # parameters keep their names
         self.decoder, self.router = decoder, router and decoder.sparse
-        self.sparse_layers = sum(layer.sparse for layer in decoder.model.layers)
-        if decoder.plan is None:
+        spec = decoder.spec
+        self.sparse_layers = sum(spec.is_sparse(layer) for layer in range(spec.layers))
+        if decoder.plan is None or decoder.plan.workers == 1:
             self.loss = LinearCrossEntropy(head_chunk, decoder.kernels)
         else:
             assert decoder.joined, "parallelize comes first"
             self.loss = SplitCrossEntropy(head_chunk, decoder.plan)
 
-    def construct(self, input_ids, position_ids, doc_ids, where, targets, ends=None, rope_base=None):
+    def construct(self, input_ids, position_ids, doc_ids, where, targets, ends=None, rope_base=None, before=None):
         """[B, T] three times and [M] twice (:func:`shifted_targets`), int32 -> (sum of the cross-entropies, router
-        balance loss; 0 without one), both float32 scalars. ``ends`` and ``rope_base``: see :meth:`Decoder.hidden`."""
-        hidden_NH, _, _, counts = self.decoder.hidden(input_ids, position_ids, doc_ids, rope_base, ends)
+        balance loss; 0 without one), both float32 scalars. ``ends``, ``rope_base`` and ``before``: see :meth:`Decoder.hidden`."""
+        hidden_NH, _, _, counts = self.decoder.hidden(input_ids, position_ids, doc_ids, rope_base, ends, before)
         rows_MH = ops.gather(hidden_NH, where, 0)
         total, _, _ = self.loss(rows_MH, self.decoder.head_weight(), targets)
         if not self.router:

@@ -5,147 +5,47 @@ collective and a dozen kernels per bucket instead of per parameter. Gradients ar
 and masters where the weights are 16-bit, are float32. With ``shards`` > 1 a worker keeps moments and masters of its own
 part of every bucket only (ZeRO stage 1, arXiv 1910.02054): it updates that part, and the workers gather the whole.
 
-Where workers share layers, a bucket holds parameters of one :class:`Kind`: what is cut, what all workers of a row of the grid
-have, and what some do. Those that hold the same values add their gradients up, so that they stay the same, and share the
-norm of them.
+Workers that hold the same values (:class:`research.core.mindspore.buckets.Kind`) add their gradients up, so that they stay the
+same, and share the norm of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from research.core.config.schema import TrainConfig
-from research.core.errors import UserError
+from research.core.errors import ConfigError, UserError
 from research.core.mindspore import native, runtime
-from research.core.mindspore.collectives import AllReduce, Gather, gather_now
+from research.core.mindspore.buckets import WHOLE, Kind, flat, make_buckets
+from research.core.mindspore.collectives import AllReduce, Gather, Group, gather_now, sum_now
 from research.core.mindspore.parallel import World
-from research.core.mindspore.tensor_plan import TensorPlan
+from research.core.mindspore.plan import Plan
 from research.core.mindspore.weights import set_value, to_numpy
 
-BUCKET = 64 * 2**20
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """``copies`` workers of a row of the grid hold the same values; ``partial``: the gradients that they compute are parts of a
-    sum, else each has all of it."""
-
-    copies: int = 1
-    partial: bool = True
-
-    @property
-    def share(self) -> float:
-        """What the sum of the copies' gradients is multiplied by."""
-        return 1.0 if self.partial else 1.0 / self.copies
-
-
-WHOLE = Kind()
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Some parameters one after another; ``length`` is filled up so that every worker's part has ``part`` elements."""
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    decay: float
-    part: int
-    shards: int
-    kind: Kind = WHOLE
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(math.prod(shape) for shape in self.shapes)
-
-    @property
-    def length(self) -> int:
-        return self.part * self.shards
-
-    @property
-    def filling(self) -> int:
-        return self.length - sum(self.sizes)
-
-
-def make_buckets(
-    parameters: Sequence[Parameter],
-    decay: float,
-    shards: int,
-    limit: int = BUCKET,
-    kind_of: Callable[[str], Kind] = lambda name: WHOLE,
-) -> list[Bucket]:
-    """Buckets in the parameters' order, matrices first; a parameter is never cut."""
-    kinds = {p.name: (len(p.shape) >= 2, kind_of(p.name)) for p in parameters}
-    buckets = []
-    for matrices, kind in sorted(
-        set(kinds.values()), key=lambda found: (not found[0], found[1].copies, found[1].partial)
-    ):
-        group: list[Parameter] = []
-        for parameter in [*(p for p in parameters if kinds[p.name] == (matrices, kind)), None]:
-            if group and (parameter is None or 4 * (sum(p.size for p in group) + parameter.size) > limit):
-                part = -(-sum(p.size for p in group) // shards)
-                names, shapes = tuple(p.name for p in group), tuple(tuple(p.shape) for p in group)
-                buckets.append(Bucket(names, shapes, decay if matrices else 0.0, part, shards, kind))
-                group = []
-            if parameter is not None:
-                group.append(parameter)
-    return buckets
-
-
-def flat(bucket: Bucket, tensors):
-    """The bucket's tensors, in its order, as one float32 vector."""
-    parts = [t.reshape(-1).astype(ms.float32) for t in tensors]
-    if bucket.filling:
-        parts.append(ops.zeros((bucket.filling,), ms.float32))
-    return parts[0] if len(parts) == 1 else ops.cat(parts)
-
-
-class Backward(nn.Cell):
-    """Forward and backward of one micro batch; its gradients are added to the sums."""
-
-    def __init__(self, objective: nn.Cell, optimizer: Optimizer):
-        super().__init__(auto_prefix=False)  # parameters keep their names
-        self.objective, self.buckets = objective, optimizer.buckets
-        self.weights, self.sums, self.groups = optimizer.weights, optimizer.sums, optimizer.groups
-        self.grad = ms.value_and_grad(self.forward, None, self.weights, has_aux=True)
-
-    def forward(self, input_ids, position_ids, doc_ids, where, targets, ends, scale, router_scale):
-        total, balance = self.objective(input_ids, position_ids, doc_ids, where, targets, ends)
-        return total * scale + balance * router_scale, total, balance
-
-    def construct(self, input_ids, position_ids, doc_ids, where, targets, ends, scale, router_scale):
-        """The inputs of :class:`research.core.mindspore.loss.Objective`; ``scale`` and ``router_scale``: float32 scalars on the summed loss and on the router's -> (sum of the
-        cross-entropies, router balance)."""
-        # One by one: tensors in a tuple would be constants, and every step a graph of its own.
-        found, gradients = self.grad(input_ids, position_ids, doc_ids, where, targets, ends, scale, router_scale)
-        for n in range(len(self.buckets)):
-            mine = [gradients[i] for i in self.groups[n]]
-            ops.assign_add(self.sums[n], flat(self.buckets[n], mine))
-        return found[1], found[2]
 
 
 class Reduce(nn.Cell):
     """Sum the gradients over the workers, in place, bucket by bucket -> the sum of the whole model's squares."""
 
-    def __init__(self, optimizer: Optimizer, world: World, plan: TensorPlan | None):
+    def __init__(self, optimizer: Optimizer, world: World, plan: Plan | None):
         super().__init__(auto_prefix=False)
         self.sums = optimizer.sums
         kinds = [bucket.kind for bucket in optimizer.buckets]
-        groups = {kind: world.neighbours(kind.copies) for kind in kinds}
+        groups = {kind: world.neighbours(kind.copies, kind.stages) for kind in kinds}
         self.kinds = tuple(groups)
         self.kind_of = tuple(self.kinds.index(kind) for kind in kinds)
         self.shares = tuple(kind.share for kind in kinds)
-        self.counted = tuple(1.0 / kind.copies for kind in kinds)
-        self.reduced = tuple(group is not None for group in groups.values())
-        self.totals = nn.CellList([AllReduce(g) if g is not None else nn.Identity() for g in groups.values()])
+        self.counted = tuple(kind.counted for kind in kinds)
+        self.reduced = tuple(group.size > 1 for group in groups.values())
+        self.totals = nn.CellList([AllReduce(g) if g.size > 1 else nn.Identity() for g in groups.values()])
         self.shared = plan is not None
-        self.over_row = AllReduce(plan.group) if plan is not None else None
+        self.over_model = AllReduce(world.model_group()) if plan is not None else None
 
     def construct(self):
         squares = ()
@@ -159,7 +59,7 @@ class Reduce(nn.Cell):
                 ops.assign(total, value)
             squares += (ops.square(value).sum() * self.counted[n],)
         found = ops.stack(squares).sum()
-        return self.over_row(found) if self.shared else found
+        return self.over_model(found) if self.shared else found
 
 
 class Clear(nn.Cell):
@@ -241,7 +141,8 @@ class Optimizer:
     """AdamW with weight decay on matrices only (not on biases and norms), clipping, and named, saveable state.
 
     ``master`` of the settings: ``same`` keeps no float32 copy of 16-bit weights. With ``world.shard_optimizer`` each worker
-    among those that train on different rows keeps a part of the state; ``plan``: how a row of workers shares the layers.
+    among those that train on different rows keeps a part of the state; ``plan``: how workers share the layers. Raises
+    :class:`ConfigError` where a stage of a pipeline would train nothing.
     """
 
     def __init__(
@@ -249,14 +150,15 @@ class Optimizer:
         parameters: Sequence[Parameter],
         cfg: TrainConfig,
         world: World | None = None,
-        plan: TensorPlan | None = None,
+        plan: Plan | None = None,
     ):
         world = World() if world is None else world
         self.cfg, self.clip_norm, self.plan = cfg, cfg.clip_norm, plan
         sharded = world.shard_optimizer and world.data_size > 1
         self.shards, self.rank = (world.data_size, world.data_rank) if sharded else (1, 0)
-        self.shard_group = world.neighbours() if sharded else None
+        self.shard_group = world.neighbours() if sharded else Group("", 1, 0, False)
         self.parameters = {parameter.name: parameter for parameter in parameters}
+        self.shapes = self._whole_shapes(world)
         self.weights = ms.ParameterTuple(parameters)
         self.buckets = tuple(make_buckets(parameters, cfg.weight_decay, self.shards, kind_of=self._kind))
         place = {parameter.name: i for i, parameter in enumerate(parameters)}
@@ -269,9 +171,32 @@ class Optimizer:
             self._fill(self.masters, {name: to_numpy(p) for name, p in self.parameters.items()}, own=True)
         self.step_number = 0
         self._reduce, self._update, self._clear = Reduce(self, world, plan), Update(self), Clear(self)
+        self.column = world.column()
+
+    def _whole_shapes(self, world: World) -> dict[str, tuple[int, ...]]:
+        """Shapes of the trained parameters of the whole model, by name and in its order."""
+        if self.plan is None:
+            return {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        own = {name: self.plan.whole_shape(name, parameter.shape) for name, parameter in self.parameters.items()}
+        if self.plan.stages == 1:
+            return own
+        every = world.collect(own)
+        for rank, theirs in enumerate(every):
+            if not theirs:
+                raise ConfigError(
+                    f"stage {world.grid.place(rank).stage} of the pipeline has nothing to train",
+                    where="lora.target_modules",
+                    hint="modules of every layer, or parallel.pipeline=1",
+                )
+        return {name: tuple(shape) for theirs in every for name, shape in theirs.items()}
 
     def _kind(self, name: str) -> Kind:
-        return WHOLE if self.plan is None else Kind(self.plan.copies(name), self.plan.partial(name))
+        plan = self.plan
+        if plan is None:
+            return WHOLE
+        stages = plan.holders(name)
+        partial = plan.partial(name) or plan.workers == 1
+        return Kind(plan.copies(name), partial, stages if len(stages) > 1 else ())
 
     def _vectors(self, what: str, whole: bool = False) -> ms.ParameterTuple:
         return ms.ParameterTuple(
@@ -310,39 +235,33 @@ class Optimizer:
     @property
     def trainable(self) -> int:
         """Trained parameters of the whole model."""
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        if self.plan is not None:
-            shapes = {name: self.plan.whole_shape(name, shape) for name, shape in shapes.items()}
-        return sum(math.prod(shape) for shape in shapes.values())
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     # --- state ---
 
-    def names(self) -> list[str]:
-        return list(self.parameters)
-
     def trained(self) -> dict[str, np.ndarray]:
-        """The trained weights in their master precision, whole. Every worker has to call it."""
+        """The trained weights in their master precision, whole and of all stages. Every worker has to call it."""
         if self.masters is not None:
             return self._split(self.masters)
-        return {name: self._whole(name, to_numpy(parameter)) for name, parameter in self.parameters.items()}
+        return self._every({name: self._whole(name, to_numpy(p)) for name, p in self.parameters.items()})
 
     def state(self) -> dict[str, np.ndarray]:
         """``<parameter>.step | exp_avg | exp_avg_sq``; empty before the first update. Every worker has to call it."""
         if self.step_number == 0:
             return {}
-        found = {f"{name}.step": np.float32(self.step_number).reshape(()) for name in self.parameters}
+        found = {f"{name}.step": np.float32(self.step_number).reshape(()) for name in self.shapes}
         for key, vectors in zip(_MOMENTS, (self.first, self.second)):
             found |= {f"{name}.{key}": value for name, value in self._split(vectors).items()}
         return found
 
     def load(self, weights: dict[str, np.ndarray], state: dict[str, np.ndarray]) -> None:
         """Put saved weights and state back. Raises :class:`UserError` naming the first tensor that does not fit."""
-        for name in self.parameters:
+        for name in self.shapes:
             self._check(name, weights.get(name), name)
         for name in weights:
-            if name not in self.parameters:
+            if name not in self.shapes:
                 raise UserError(f"the checkpoint trains {name}, this run does not", where="optimizer")
-        moments = {key: {name: state[f"{name}.{key}"] for name in self.parameters} for key in _MOMENTS if state}
+        moments = {key: {name: state[f"{name}.{key}"] for name in self.shapes} for key in _MOMENTS if state}
         for key, values in moments.items():
             for name, value in values.items():
                 self._check(f"{name}.{key}", value, name)
@@ -353,7 +272,7 @@ class Optimizer:
         for key, vectors in zip(_MOMENTS, (self.first, self.second)):
             if state:
                 self._fill(vectors, moments[key])
-        steps = {int(state[f"{name}.step"]) for name in self.parameters} if state else {0}
+        steps = {int(state[f"{name}.step"]) for name in self.shapes} if state else {0}
         assert len(steps) == 1, "parameters of different ages"
         self.step_number = steps.pop()
 
@@ -364,6 +283,16 @@ class Optimizer:
         if self.plan is None:
             return part.copy()
         return np.ascontiguousarray(self.plan.join(name, gather_now(self.plan.group, np.ascontiguousarray(part))))
+
+    def _every(self, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The whole tensors of this stage -> those of all stages."""
+        if self.column.size == 1:
+            return found
+        out = {}
+        for name, shape in self.shapes.items():
+            mine = name in found and self.plan.answers_for(name)
+            out[name] = sum_now(self.column, found[name] if mine else np.zeros(shape, np.float32))
+        return out
 
     def _fill(self, vectors: ms.ParameterTuple, values: dict[str, np.ndarray], own: bool = False) -> None:
         """Whole ``values``, or this worker's ``own`` parts, into the buckets."""
@@ -383,13 +312,11 @@ class Optimizer:
             for name, shape, size in zip(bucket.names, bucket.shapes, bucket.sizes):
                 found[name] = self._whole(name, whole[place : place + size].reshape(shape))
                 place += size
-        return {name: found[name] for name in self.parameters}
+        return self._every({name: found[name] for name in self.parameters})
 
     def _check(self, what: str, saved: np.ndarray | None, name: str) -> None:
-        shape = tuple(self.parameters[name].shape)
-        shape = shape if self.plan is None else self.plan.whole_shape(name, shape)
         found = "missing" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
-        expected = f"{shape} float32"
+        expected = f"{self.shapes[name]} float32"
         if found != expected:
             raise UserError(
                 f"{what} is {found} in the checkpoint, this run needs {expected}",

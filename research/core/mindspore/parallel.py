@@ -5,10 +5,11 @@ MindSpore's collectives act on tensors of numbers; what else the workers tell ea
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from research.core.errors import ConfigError
 from research.core.launch.environment import place
 from research.core.mindspore import runtime
 from research.core.mindspore.collectives import Group
-from research.core.mindspore.tensor_plan import TensorPlan
+from research.core.mindspore.plan import Plan
 from research.core.run.folder import write_text
 from research.core.spec import DecoderSpec
 from research.core.weights.grid import Grid, Place, shard_model
@@ -31,8 +32,9 @@ _groups: set[str] = set()  # that MindSpore knows, for the life of the process
 
 @dataclass
 class World:
-    """This process among all workers, which stand in a grid: those of one row of its tensor axis share every layer, and the
-    rows (``data_size`` of them) see different sequences. With one worker every method is the identity."""
+    """This process among all workers, which stand in a grid (:class:`research.core.weights.grid.Grid`): those of one row of its
+    tensor axis share a layer, ``pipeline`` stages share the layers, and ``data_size`` groups of these see different sequences.
+    With one worker every method is the identity."""
 
     device: str = "cpu"  # as users call it: cpu or npu
     rank: int = 0
@@ -40,21 +42,30 @@ class World:
     shard_optimizer: bool = False
     folder: str = "."  # the run's, which all workers see
     tensor: int = 1  # workers that share each layer
+    pipeline: int = 1  # stages that share the layers
+    stage_layers: tuple[int, ...] = ()  # of each stage; empty: even
 
     @classmethod
     def join(cls, cfg: Config) -> World:
         """Start MindSpore, and meet the workers that msrun or a rank table announced in the environment, or be alone.
 
-        Raises :class:`ConfigError` when ``parallel.tensor`` does not divide their number."""
+        Raises :class:`ConfigError` when ``parallel.tensor`` and ``pipeline`` do not divide their number."""
         world = cls.meet(cfg.device)
-        world.tensor, world.shard_optimizer = cfg.parallel.tensor, cfg.parallel.shard == "optimizer"
-        if world.size % world.tensor:
-            raise ConfigError(
-                f"{world.size} workers are no multiple of the cards that share a layer",
-                where=f"parallel.tensor={world.tensor}",
-                hint=f"CARDS={world.tensor}, or parallel.tensor=1",
-            )
+        world.stand(cfg)
         return world
+
+    def stand(self, cfg: Config) -> None:
+        """Take the places of the grid that ``cfg.parallel`` asks for."""
+        parallel = cfg.parallel
+        self.tensor, self.pipeline, self.stage_layers = parallel.tensor, parallel.pipeline, tuple(parallel.stage_layers)
+        self.shard_optimizer = parallel.shard == "optimizer"
+        inner = self.tensor * self.pipeline
+        if self.size % inner:
+            raise ConfigError(
+                f"{self.size} workers are no multiple of the {inner} that share the model",
+                where=f"parallel.tensor={self.tensor} parallel.pipeline={self.pipeline}",
+                hint=f"CARDS={inner}, or parallel.tensor=1 parallel.pipeline=1",
+            )
 
     @classmethod
     def meet(cls, device: DeviceConfig) -> World:
@@ -94,7 +105,8 @@ class World:
 
     @property
     def grid(self) -> Grid:
-        return Grid(data=self.size // self.tensor, tensor=self.tensor)
+        data = self.size // (self.tensor * self.pipeline)
+        return Grid(data, self.tensor, self.pipeline, self.stage_layers)
 
     @property
     def place(self) -> Place:
@@ -102,7 +114,7 @@ class World:
 
     @property
     def data_size(self) -> int:
-        """Rows of the grid: how many different sets of sequences a step sees."""
+        """How many different sets of sequences a step sees."""
         return self.grid.data
 
     @property
@@ -112,25 +124,44 @@ class World:
     @property
     def sharded(self) -> bool:
         """Whether a worker lacks a part of the weights."""
-        return self.tensor > 1
+        return self.tensor * self.pipeline > 1
 
-    def plan(self, spec: DecoderSpec) -> TensorPlan | None:
-        """How the workers share the layers of a model; None where each has whole ones. Raises :class:`ConfigError` naming the
+    def plan(self, spec: DecoderSpec) -> Plan | None:
+        """How the workers share the layers of a model; None where each has all of it. Raises :class:`ConfigError` naming the
         numbers of cards that can."""
-        if self.tensor == 1:
+        if not self.sharded:
             return None
-        row = tuple(self.grid.rank(Place(0, self.place.data, t)) for t in range(self.tensor))
-        return TensorPlan(shard_model(spec, self.grid), self.group(row))
+        sharding = shard_model(spec, self.grid)
+        here = self.place
+        return Plan(sharding, self.group(self._ranks([here.stage], [here.data], range(self.tensor))), here.stage)
 
-    def neighbours(self, copies: int = 1) -> Group | None:
-        """Whom the gradients of a parameter are summed with of which ``copies`` workers of every row hold the same part."""
+    def neighbours(self, copies: int = 1, stages: tuple[int, ...] = ()) -> Group:
+        """Whom the gradients of a parameter are summed with of which ``copies`` workers of every row hold the same part, in
+        these ``stages`` (none said: in this one)."""
         first = self.place.tensor // copies * copies
         tensors = range(first, first + copies)
-        ranks = tuple(self.grid.rank(Place(0, d, t)) for d in range(self.data_size) for t in tensors)
-        return self.group(ranks) if len(ranks) > 1 else None
+        return self.group(self._ranks(stages or [self.place.stage], range(self.data_size), tensors))
+
+    def model_group(self) -> Group:
+        """The workers that together hold one copy of the model."""
+        return self.group(self._ranks(range(self.pipeline), [self.place.data], range(self.tensor)))
+
+    def column(self) -> Group:
+        """This worker's counterparts in all stages, in the stages' order."""
+        return self.group(self._ranks(range(self.pipeline), [self.place.data], [self.place.tensor]))
+
+    def link(self, earlier: int) -> Group:
+        """This worker and its counterpart where one of them is in stage ``earlier`` and the other in the next."""
+        return self.group(self._ranks([earlier, earlier + 1], [self.place.data], [self.place.tensor]))
+
+    def _ranks(self, stages: Iterable[int], data: Iterable[int], tensors: Iterable[int]) -> tuple[int, ...]:
+        return tuple(self.grid.rank(Place(*place)) for place in itertools.product(stages, data, tensors))
 
     def group(self, ranks: tuple[int, ...]) -> Group:
-        """The workers ``ranks`` (rising, this one among them) as a group; each of them has to ask for it."""
+        """The workers ``ranks`` (rising, this one among them) as a group; each of them has to ask for it, and all that share
+        several groups for these in one order."""
+        if len(ranks) == 1:
+            return Group("", 1, 0, False)
         from mindspore.communication import GlobalComm, create_group
 
         if len(ranks) == self.size:
@@ -144,14 +175,14 @@ class World:
     # --- what the workers tell each other ---
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over the rows of the grid in float64, in their order. Workers of one row say the same, or one of
-        them says more than the others' zero: the largest counts."""
+        """Each value summed over the grid's data axis in float64, in its order. Workers that see the same sequences say the same,
+        or some of them say more than the others' zero: the largest counts."""
         if self.size == 1:
             return list(values)
         # The collectives know no float64: its bytes are gathered, and added up here.
         own = np.array(values, np.float64).view(np.int32)
         every = np.ascontiguousarray(self._gather(own).reshape(self.size, -1)).view(np.float64)
-        return every.reshape(self.data_size, self.tensor, -1).max(1).sum(0).tolist()
+        return every.reshape(self.pipeline, self.data_size, self.tensor, -1).max((0, 2)).sum(0).tolist()
 
     def tell(self, value: Any) -> Any:
         """The main rank's ``value`` (anything that JSON holds), on every rank."""
@@ -166,6 +197,17 @@ class World:
         if self.main:
             words.view(np.uint8)[:length] = np.frombuffer(text, np.uint8)
         return self._broadcast(words).tobytes()[:length] if length else b""
+
+    def collect(self, value: Any) -> list[Any]:
+        """The ``value`` (anything that JSON holds) of every rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        text = json.dumps(value).encode()
+        lengths = self._gather(np.array([len(text)], np.int32))
+        words = np.zeros(-(-int(lengths.max()) // 4), np.int32)
+        words.view(np.uint8)[: len(text)] = np.frombuffer(text, np.uint8)
+        rows = np.ascontiguousarray(self._gather(words).reshape(self.size, -1))
+        return [json.loads(row.tobytes()[:length]) for row, length in zip(rows, lengths)]
 
     def after_main(self, name: str, work: Callable[[], str]) -> str:
         """What ``work`` returns on the main rank, on every rank, however long it takes. A collective that nobody joins for

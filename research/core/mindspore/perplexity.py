@@ -8,8 +8,8 @@ from research.core.config.schema import Config
 from research.core.data.dataset import Batch, PackedDataset
 from research.core.mindspore.decoder import Decoder
 from research.core.mindspore.feed import Feed
-from research.core.mindspore.loss import Objective
 from research.core.mindspore.parallel import World
+from research.core.mindspore.pipeline import make_passes
 from research.core.mindspore.tensor_parallel import parallelize
 
 PAD_TO = None  # one shape, one graph
@@ -20,9 +20,5 @@ def row_loss(cfg: Config, decoder: Decoder, rows: PackedDataset, world: World) -
     feed = Feed(decoder.spec, [rows], cfg.train.micro_batch, decoder.kernels)
     parallelize(decoder).set_train(False)
     decoder.block = feed.block
-    objective = Objective(decoder, cfg.train.head_chunk)
-
-    def total(batch: Batch) -> float:
-        return float(objective(*feed(batch, evaluation=True))[0].asnumpy())
-
-    return total
+    passes = make_passes(decoder, world, cfg.train.head_chunk, router=False)
+    return lambda batch: passes.loss(feed(batch, evaluation=True))

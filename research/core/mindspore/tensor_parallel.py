@@ -1,7 +1,7 @@
 """Tensor parallelism as a pass: the collectives that make decoders of one share each compute as the whole one does.
 
 A worker's decoder is an ordinary one with its share of the heads, feed-forward columns, experts' columns and vocabulary rows
-(:class:`research.core.mindspore.tensor_plan.TensorPlan`). Between the layers states are the same on all workers. What enters
+(:class:`research.core.mindspore.plan.Plan`). Between the layers states are the same on all workers. What enters
 a share passes :class:`Apart`, what leaves it :class:`Together`: one sum forward and one backward around attention, and
 around the feed-forward (Megatron-LM, arXiv 1909.08053). Shape letters as in :mod:`research.core.mindspore.decoder`; R rows of
 the vocabulary that a worker has.
@@ -14,14 +14,14 @@ from mindspore import nn, ops
 from research.core.mindspore.collectives import Apart, Gather, Group, Together
 from research.core.mindspore.decoder import Decoder
 from research.core.mindspore.moe import SparseMLP
-from research.core.mindspore.tensor_plan import TensorPlan
+from research.core.mindspore.plan import Plan
 
 
 def parallelize(decoder: Decoder) -> Decoder:
     """Put the collectives of ``decoder.plan`` in, in place; behind adapters, before checkpointing and the first call.
-    A decoder without a plan, or with its collectives, stays as it is."""
+    A decoder of whole layers, or with its collectives, stays as it is."""
     plan = decoder.plan
-    if plan is None or decoder.joined:
+    if plan is None or plan.workers == 1 or decoder.joined:
         return decoder
     group = plan.group
     for layer in decoder.model.layers:
@@ -32,8 +32,10 @@ def parallelize(decoder: Decoder) -> Decoder:
         else:
             _exchange(layer, "post_attention_layernorm", Entrance(layer.post_attention_layernorm, group))
             _exchange(layer.mlp, "down_proj", Exit(layer.mlp.down_proj, group))
-    _exchange(decoder.model, "embed_tokens", VocabularyEmbedding(decoder.model.embed_tokens, plan))
-    decoder.project = WholeLogits(plan)
+    if decoder.model.embed_tokens is not None:
+        _exchange(decoder.model, "embed_tokens", VocabularyEmbedding(decoder.model.embed_tokens, plan))
+    if decoder.last:
+        decoder.project = WholeLogits(plan)
     decoder.joined = True
     return decoder
 
@@ -89,7 +91,7 @@ class SharedSparseMLP(SparseMLP):
 class VocabularyEmbedding(nn.Cell):
     """Rows of a vocabulary that lies over the workers: each looks its own ids up, the others' are zeros."""
 
-    def __init__(self, embedding: nn.Cell, plan: TensorPlan):
+    def __init__(self, embedding: nn.Cell, plan: Plan):
         super().__init__(auto_prefix=False)
         self.weight, self.start, self.rows = embedding.weight, plan.vocab_start, plan.vocab_rows
         self.together = Together(plan.group)
@@ -104,7 +106,7 @@ class VocabularyEmbedding(nn.Cell):
 class WholeLogits(nn.Cell):
     """(states [N, H], this worker's rows of the output matrix [R, H]) -> logits of the whole vocabulary [N, V]."""
 
-    def __init__(self, plan: TensorPlan):
+    def __init__(self, plan: Plan):
         super().__init__()
         self.vocab, self.gather = plan.spec.vocab, Gather(plan.group)
         self.logits = ops.MatMul(transpose_b=True)

@@ -1,7 +1,8 @@
 """Training on MindSpore: what a step of the loop (:mod:`research.core.run.loop`) computes.
 
-Three graphs, each compiled once: forward and backward of a micro batch, which adds to the gradients; their sum over the
-workers with its norm; the update. Between them the host looks at the numbers, so that a loss or a norm that is not finite
+Three graphs, each compiled once: forward and backward of a micro batch, which adds to the gradients
+(:mod:`research.core.mindspore.passes`; :mod:`~research.core.mindspore.pipeline` where stages share the layers); their sum over
+the workers with its norm; the update. Between them the host looks at the numbers, so that a loss or a norm that is not finite
 stops the run before the update. That is why steps are not sunk into the data graph.
 """
 
@@ -19,14 +20,14 @@ from research.core.config.schema import Config
 from research.core.data.dataset import Batch, PackedDataset
 from research.core.errors import ConfigError
 from research.core.mindspore.checkpoint import NumpyTables, random_state, restore_random_state
-from research.core.mindspore.collectives import gather_now
+from research.core.mindspore.collectives import sum_now
 from research.core.mindspore.decoder import Decoder
 from research.core.mindspore.dropout import KEY, set_key
 from research.core.mindspore.feed import Feed
 from research.core.mindspore.lora import has_lora
-from research.core.mindspore.loss import Objective
-from research.core.mindspore.optimizer import Backward, Optimizer
+from research.core.mindspore.optimizer import Optimizer
 from research.core.mindspore.parallel import World, keep_fewer_activations
+from research.core.mindspore.pipeline import make_passes
 from research.core.mindspore.roofline import gemm_flops, peak_memory, wait
 from research.core.mindspore.scaling import LossScale
 from research.core.mindspore.tensor_parallel import parallelize
@@ -36,6 +37,7 @@ from research.core.run.folder import RunFolder
 from research.core.run.identity import frozen_fingerprint, sample_step
 from research.core.run.loop import Agreed, Loop
 from research.core.run.meter import Meter
+from research.core.weights.keys import parameter_shapes
 
 
 class Trainer(Loop):
@@ -64,7 +66,7 @@ class Trainer(Loop):
         train, spec = cfg.train, decoder.spec
         self.decoder, self.world, self.auto_transform = decoder, world, cfg.auto_transform
         lora = has_lora(decoder)
-        base = frozen_fingerprint(_frozen_samples(decoder)) if lora else None
+        base = frozen_fingerprint(_frozen_samples(decoder, world)) if lora else None
         self.prepare(cfg, spec, data, held_out, run, lora=lora, base=base, identity=identity, sample=sample)
 
         parallelize(decoder)
@@ -73,8 +75,8 @@ class Trainer(Loop):
         self.feed = Feed(spec, splits, train.micro_batch, decoder.kernels)
         trained = [parameter for parameter in decoder.get_parameters() if parameter.requires_grad]
         self.optimizer = Optimizer(trained, train, world, decoder.plan)
-        self.objective = Objective(decoder, train.head_chunk, spec.moe is not None)
-        self.forward_backward = Backward(self.objective, self.optimizer)
+        self.router = spec.moe is not None and decoder.sparse
+        self.passes = make_passes(decoder, world, train.head_chunk, router=self.router, optimizer=self.optimizer)
         half = decoder.dtype == ms.float16
         self.loss_scale = LossScale(train.loss_scale, train.loss_scale_window) if half else LossScale()
         trainable = self.optimizer.trainable
@@ -92,13 +94,13 @@ class Trainer(Loop):
         super().close()
 
     def backward(self, micro_batches: list[Batch], agreed: Agreed) -> tuple[float, float | None, float]:
-        inputs = [self.feed(batch)[:-1] for batch in micro_batches]
+        inputs = [self.feed(batch) for batch in micro_batches]
         while True:
             loss, balance = self.accumulate(inputs, agreed)
             loss, balance = self.world.sum(loss, balance)
             norm = self.optimizer.norm(self.loss_scale.value)
             if math.isfinite(norm) or not math.isfinite(loss) or not self.loss_scale.overflow():
-                return loss, balance if self.objective.router else None, norm
+                return loss, balance if self.router else None, norm
             self.run.say(f"step {self.at.step + 1}: fp16 overflow, the loss scale is now {self.loss_scale.value:g}")
             self.optimizer.clear()
 
@@ -108,11 +110,11 @@ class Trainer(Loop):
         per_forward = 1.0 / (self.train.accumulation * self.world.data_size)
         scale = Tensor(per_target * self.loss_scale.value, ms.float32)
         router_scale = Tensor(self.router_aux * per_forward * self.loss_scale.value, ms.float32)
-        totals = []
-        for number, given in enumerate(inputs):
+
+        def begin(number: int) -> None:
             set_key(self.decoder, self.train.seed, self.at.step, number * self.world.data_size + self.world.data_rank)
-            total, balance = self.forward_backward(*given, scale, router_scale)
-            totals.append((float(total.asnumpy()), float(balance.asnumpy())))
+
+        totals = self.passes.gradients(inputs, scale, router_scale, begin)
         return sum(t for t, _ in totals) * per_target, sum(b for _, b in totals) * per_forward
 
     def apply(self, rate: float) -> None:
@@ -121,7 +123,7 @@ class Trainer(Loop):
         wait()
 
     def held_out_loss(self, batch: Batch) -> float:
-        return float(self.objective(*self.feed(batch, evaluation=True))[0].asnumpy())
+        return self.passes.loss(self.feed(batch, evaluation=True))
 
     def answer(self) -> str:
         state = random_state()
@@ -163,17 +165,20 @@ class Trainer(Loop):
         return {"mindspore": ms.__version__}
 
 
-def _frozen_samples(decoder: Decoder):
+def _frozen_samples(decoder: Decoder, world: World):
     """What :func:`frozen_fingerprint` reads; of the whole model, however many workers share it."""
-    frozen = [p for p in decoder.get_parameters() if not p.requires_grad and p.name != KEY]
+    frozen = {p.name: p for p in decoder.get_parameters() if not p.requires_grad and p.name != KEY}
     plan = decoder.plan
     if plan is None:
-        for parameter in frozen:
+        for name, parameter in frozen.items():
             flat = to_numpy(parameter).reshape(-1)
-            yield parameter.name, tuple(parameter.shape), flat[:: sample_step(flat.size)]
+            yield name, tuple(parameter.shape), flat[:: sample_step(flat.size)]
         return
-    shapes = [plan.whole_shape(parameter.name, parameter.shape) for parameter in frozen]
-    own = [plan.sample(p.name, to_numpy(p), shape, sample_step(math.prod(shape))) for p, shape in zip(frozen, shapes)]
-    found = gather_now(plan.group, np.concatenate(own)).sum(0)  # of each value, what one worker has and zeros
-    for parameter, shape, values in zip(frozen, shapes, np.split(found, np.cumsum([len(x) for x in own])[:-1])):
-        yield parameter.name, shape, values
+    shapes = parameter_shapes(plan.spec)
+    own = [
+        plan.sample(name, to_numpy(frozen[name]) if name in frozen else None, shape, sample_step(math.prod(shape)))
+        for name, shape in shapes.items()
+    ]
+    found = sum_now(world.model_group(), np.concatenate(own))  # of each value, what one worker has and zeros
+    parts = np.split(found, np.cumsum([len(values) for values in own])[:-1])
+    yield from ((name, shape, values) for (name, shape), values in zip(shapes.items(), parts))

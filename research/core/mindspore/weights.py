@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor
 from research.core.errors import ConfigError, WeightsError
 from research.core.mindspore import runtime
 from research.core.mindspore.decoder import Decoder
-from research.core.mindspore.tensor_plan import TensorPlan
+from research.core.mindspore.plan import Plan
 from research.core.spec import DecoderSpec
 from research.core.weights.blocks import Stored, crop
 from research.core.weights.cast import cast
@@ -36,7 +36,7 @@ def load_decoder(
     head: bool = True,
     allow_pickle: bool = False,
     opening: OpenOptions | None = None,
-    plan: Callable[[DecoderSpec], TensorPlan | None] = lambda spec: None,
+    plan: Callable[[DecoderSpec], Plan | None] = lambda spec: None,
     **options,
 ) -> Decoder:
     """The decoder of weights of any layout (Hugging Face folder, MindFormers file or ranks, tensor-parallel parts, torch's

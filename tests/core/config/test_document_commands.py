@@ -9,6 +9,7 @@ import shlex
 
 import pytest
 
+from research.core.config.backends import check_sharing
 from research.core.config.compose import compose, groups, setting_type
 from research.core.config.flag_actions import FLAGS
 from research.core.config.flags import translate
@@ -186,7 +187,9 @@ def test_a_command_of_the_documents_asks_for_nothing_that_its_backend_cannot_do(
     config = compose([*translate(shlex.split(words), family).words, *([] if started else ["backend=mindspore"])])
     assert config.task.name == expected["task.name"]
     if config.task.name in ("pretrain", "finetune", "lora"):
-        assert config.parallel.pipeline == 1 and config.parallel.shard == "optimizer"
+        check_sharing(config)
+        grid = [key for key in expected if key.startswith("parallel.")]
+        assert {key: _value(config, key) for key in grid} == {key: expected[key] for key in grid}
 
 
 def test_the_published_grid_is_fitted_to_the_ranks_that_there_are(ranks):

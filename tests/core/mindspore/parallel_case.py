@@ -5,7 +5,6 @@ Nothing here imports torch: each of four workers would. The program of a worker 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -16,35 +15,54 @@ import numpy as np
 from research.core.config.schema import Config, LoraConfig
 from research.core.data.dataset import PackedDataset
 from research.core.errors import ConfigError
-from research.core.launch.environment import place
 from research.core.mindspore import runtime
 from research.core.run.folder import RunFolder
 from research.core.spec import DecoderSpec, MoeSpec
 
 DENSE = DecoderSpec(
-    "qwen2", layers=1, hidden=32, heads=4, kv_heads=2, head_dim=16, ffn=48, vocab=61, max_positions=128, tied=True
+    "qwen2", layers=4, hidden=32, heads=4, kv_heads=2, head_dim=16, ffn=48, vocab=61, max_positions=128, tied=True
 )  # neither kv heads nor vocabulary divide by 4
 SPECS = {
     "dense": DENSE,
-    "moe": replace(DENSE, model_type="qwen2_moe", moe=MoeSpec(4, 2, 16, 24), tied=False),
+    "small": replace(DENSE, layers=2),
+    "moe": replace(DENSE, layers=2, model_type="qwen2_moe", moe=MoeSpec(4, 2, 16, 24, aux_coefficient=0.1), tied=False),
 }
 
 
-def config(*, steps: int = 3, tensor: int = 1, shard: str = "none", rows: int = 4, resume: bool = False) -> Config:
-    """A global batch of ``rows`` sequences for each of the workers that see different ones."""
+def config(
+    *,
+    steps: int = 3,
+    rows: int = 4,
+    accumulation: int = 1,
+    tensor: int = 1,
+    stages: tuple[int, ...] | list[int] = (),
+    shard: str = "none",
+    checkpointing: str = "none",
+    resume: bool = False,
+) -> Config:
+    """``rows`` sequences a micro batch, ``stages``: the layers of each stage of a pipeline.
+
+    Adam divides a gradient by its own size: of one near zero, rounding decides. An epsilon far above the rounding makes the
+    update smooth, so that what differs after it would be a mistake.
+    """
     cfg = Config()
     cfg.model.name, cfg.model.family = "case", "qwen2"
     train = cfg.train
-    train.lr, train.steps, train.epochs, train.schedule, train.warmup_steps = 1e-4, steps, None, "constant", 0
-    train.micro_batch, train.log_every, train.dtype, train.async_save, train.resume = rows, 1, "fp32", False, resume
+    train.lr, train.eps, train.steps, train.epochs, train.schedule = 1e-3, 1e-3, steps, None, "constant"
+    train.micro_batch, train.accumulation, train.checkpointing = rows, accumulation, checkpointing
+    train.log_every, train.dtype, train.async_save, train.resume, train.warmup_steps = 1, "fp32", False, resume, 0
     train.clip_norm, train.head_chunk, train.eval_every = 0.7, 24, 2
     cfg.parallel.tensor, cfg.parallel.shard = tensor, shard
+    cfg.parallel.pipeline, cfg.parallel.stage_layers = max(1, len(stages)), list(stages)
     cfg.device.kind, cfg.device.threads = "cpu", 1
     return cfg
 
 
-def train(cfg: Config, data: Path, run: Path, world, kind: str = "dense", lora: bool = False) -> dict[str, np.ndarray]:
-    """Run the training ``cfg`` in the folder ``run``; -> the trained weights, whole."""
+def train(
+    cfg: Config, data: Path, run: Path, world, kind: str = "dense", lora: float | None = None
+) -> dict[str, np.ndarray]:
+    """Run the training ``cfg`` in the folder ``run``; ``lora``: of an adapter with so much dropout. -> the trained weights,
+    whole."""
     from research.core.mindspore.decoder import Decoder
     from research.core.mindspore.lora import add_lora
     from research.core.mindspore.trainer import Trainer
@@ -52,8 +70,8 @@ def train(cfg: Config, data: Path, run: Path, world, kind: str = "dense", lora: 
 
     spec = SPECS[kind]
     decoder = init_weights(Decoder(spec, plan=world.plan(spec)), 1)
-    if lora:
-        cfg.lora = LoraConfig(rank=4)
+    if lora is not None:
+        cfg.lora = LoraConfig(rank=4, dropout=lora)
         add_lora(decoder, cfg.lora, seed=2)
     with RunFolder(run, task="finetune", model="case", resume=cfg.train.resume, main=world.main) as folder:
         splits = PackedDataset(data / "train"), PackedDataset(data / "eval")
@@ -63,22 +81,19 @@ def train(cfg: Config, data: Path, run: Path, world, kind: str = "dense", lora: 
 
 
 def work(folder: Path) -> None:
-    """The cases of ``cases.json``, one after another in one cluster of workers: trainings, and tasks by their words."""
+    """The trainings of ``cases.json``, one after another in one cluster of workers."""
     from research.core.mindspore.parallel import World
 
     world = None
     for case in json.loads((folder / "cases.json").read_text()):
-        name, fails, words = case.pop("name"), case.pop("fails", None), case.pop("words", None)
-        if words is not None:
-            perform(words, folder / f"{name}-{place().rank}.out")
-            continue
-        kind, lora, data = case.pop("kind", "dense"), case.pop("lora", False), Path(case.pop("data"))
+        name, fails = case.pop("name"), case.pop("fails", None)
+        kind, lora, data = case.pop("kind", "dense"), case.pop("lora", None), Path(case.pop("data"))
         run, strict = folder / case.pop("run", name), case.pop("strict", False)
         cfg = config(**case)
         cfg.auto_transform = not strict
         if world is None:
             world = World.join(cfg)
-        world.tensor, world.shard_optimizer = cfg.parallel.tensor, cfg.parallel.shard == "optimizer"
+        world.stand(cfg)
         world.folder = folder
         if fails == world.rank:
             raise SystemExit("this worker fails on purpose")
@@ -91,16 +106,6 @@ def work(folder: Path) -> None:
             np.savez(folder / f"{name}.npz", **weights)
     if world is not None:
         world.leave()
-
-
-def perform(words: list[str], out: Path) -> None:
-    """One task, its standard output in a file."""
-    from research.tasks.cli import main
-
-    with out.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        status = main(words)
-    if status:
-        raise SystemExit(f"{words} ended with status {status}")
 
 
 if __name__ == "__main__":

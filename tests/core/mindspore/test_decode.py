@@ -8,8 +8,8 @@ import torch
 from mindspore import Tensor
 
 from research.core.errors import ConfigError
-from research.core.mindspore.cache import Runner
 from research.core.mindspore.decode import PagedPrefill, PagedStep
+from research.core.mindspore.generate import Runner
 from tests.core.mindspore.peers import as_tensor, twin
 from tests.core.torch.peers import make_pair, random_ids
 
@@ -25,8 +25,9 @@ def test_64_greedy_tokens_equal_transformers(variant):
     expected = theirs.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None
     )
-    runner = Runner(twin(ours), 80)
-    logits, cache = runner.prefill(ids.tolist())
+    runner = Runner(twin(ours))
+    cache = runner.new_cache(2, 80)
+    logits = runner.prefill(cache, ids.tolist())
     tokens = [logits.argmax(-1)]
     while len(tokens) < 64:
         tokens.append(runner.step(cache, tokens[-1]).argmax(-1))
@@ -41,8 +42,9 @@ def test_prompts_of_different_lengths_and_their_steps_equal_whole_forwards(varia
     decoder, ids, lengths = twin(ours), random_ids(3, 24), [5, 14, 9]
     with torch.no_grad():
         whole = theirs(ids).logits.numpy()
-    runner = Runner(decoder, 24)
-    logits, cache = runner.prefill([ids[row, :n].tolist() for row, n in enumerate(lengths)])
+    runner = Runner(decoder)
+    cache = runner.new_cache(3, 24)
+    logits = runner.prefill(cache, [ids[row, :n].tolist() for row, n in enumerate(lengths)])
     paged = Paged(decoder, rows=3, blocks=12, size=8, per_row=3)
     same = paged.prefill(ids.numpy(), lengths, width=16)
     for _ in range(6):
@@ -93,14 +95,11 @@ def test_paged_filling_writes_nowhere():
     assert (keys[2, :5] != 7.0).any() and (keys[2, 5:] == 7.0).all() and (keys[:2] == 7.0).all()
 
 
-def test_a_full_cache_and_a_long_prompt_are_errors():
+def test_a_prompt_longer_than_its_cache_is_an_error():
     _, ours = make_pair("gqa", num_hidden_layers=1)
-    runner = Runner(twin(ours), 16)
-    with pytest.raises(ConfigError, match="17 tokens does not fit"):
-        runner.prefill([list(range(17))])
-    _, cache = runner.prefill([list(range(16))])
-    with pytest.raises(ConfigError, match="is full"):
-        runner.step(cache, [1])
+    runner = Runner(twin(ours))
+    with pytest.raises(ConfigError, match="65 tokens do not fit the key/value cache of 64"):
+        runner.prefill(runner.new_cache(1, 16), [list(range(65))])
 
 
 def test_models_that_see_both_ways_do_not_generate():
@@ -109,4 +108,4 @@ def test_models_that_see_both_ways_do_not_generate():
     _, ours = make_pair("gqa", num_hidden_layers=1)
     ours.spec = replace(ours.spec, causal=False)
     with pytest.raises(ConfigError, match="sees both ways"):
-        Runner(twin(ours), 16)
+        Runner(twin(ours))

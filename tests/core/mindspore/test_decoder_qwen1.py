@@ -9,7 +9,7 @@ import pytest
 from mindspore import Tensor
 from safetensors.torch import save_file
 
-from research.core.mindspore.cache import Runner
+from research.core.mindspore.generate import Runner
 from research.core.mindspore.layout import Layout, ntk_alpha, rope_base
 from research.core.mindspore.weights import load_decoder
 from tests.core.mindspore.peers import as_tensor, layout_inputs
@@ -85,8 +85,9 @@ def test_decode_keeps_the_base_of_each_rows_prompt(decoder):
     prompts, time = [5, TRAINED, 14, 30], 40
     ids = np.stack([some_ids(time, seed=prompt).numpy() for prompt in prompts])
     expected = [plain(row, prompt) for row, prompt in zip(ids, prompts)]
-    runner = Runner(decoder, 64)
-    logits, cache = runner.prefill([row[:prompt].tolist() for row, prompt in zip(ids, prompts)])
+    runner = Runner(decoder)
+    cache = runner.new_cache(len(prompts), 64)
+    logits = runner.prefill(cache, [row[:prompt].tolist() for row, prompt in zip(ids, prompts)])
     for _ in range(10):
         for row, place in enumerate(cache.lengths):
             np.testing.assert_allclose(logits[row], expected[row][place - 1], **CLOSE)

@@ -15,7 +15,7 @@ from mindspore import Tensor
 
 from research.core.errors import ConfigError
 from research.core.mindspore import fused, native, runtime
-from research.core.mindspore.cache import Runner
+from research.core.mindspore.generate import Runner
 from research.core.mindspore.layout import Layout
 from tests.core.mindspore.ascend_stand_ins import install
 from tests.core.mindspore.peers import as_tensor, layout_inputs, twin
@@ -84,8 +84,10 @@ def test_ascend_operators_attend_in_blocks_and_both_ways(called):
 def test_ascend_steps_against_dense_and_paged_caches(variant, called):
     _, ours = make_pair(variant, num_hidden_layers=2)
     ids, lengths = random_ids(3, 14).numpy(), [5, 9, 7]
-    runners = [Runner(twin(ours, kernels=kernels), 24) for kernels in ("composite", "ascend")]
-    (expected, cache), (found, other) = (r.prefill([row[:n] for row, n in zip(ids, lengths)], 16) for r in runners)
+    runners = [Runner(twin(ours, kernels=kernels)) for kernels in ("composite", "ascend")]
+    cache, other = (runner.new_cache(3, 24) for runner in runners)
+    prompts = [row[:n] for row, n in zip(ids, lengths)]
+    expected, found = runners[0].prefill(cache, prompts), runners[1].prefill(other, prompts)
     paged = Paged(twin(ours, kernels="ascend"), rows=3, blocks=12, size=8, per_row=3)
     same = paged.prefill(ids, lengths, width=16)
     for _ in range(4):

@@ -17,6 +17,7 @@ from mindspore import Tensor
 
 from research.core.config.schema import LoraConfig
 from research.core.errors import Interrupted, UserError
+from research.core.mindspore.scaling import LossScale
 from research.core.run.folder import RunFolder
 from research.core.run.metrics import read_metrics
 from tests.core.mindspore.training_case import build, train, train_torch
@@ -94,15 +95,23 @@ def test_checkpoint_goes_on_in_the_other_backend(tmp_path, data, capsys, first):
         assert one == pytest.approx(other, abs=1e-4), step
 
 
-def test_accumulation_micro_batch_and_checkpointing_do_not_change_the_training(tmp_path, data):
+def test_accumulation_checkpointing_and_loss_scaling_do_not_change_the_training(tmp_path, data, capsys):
+    """The scale begins where the sum of squared gradients is beyond float32, as fp16's does where a gradient is."""
     train(config(steps=3, micro_batch=6), data, tmp_path / "one")
-    for name, settings in (
-        ("accumulated", {"micro_batch": 2, "accumulation": 3, "checkpointing": "full"}),
-        ("selective", {"micro_batch": 6, "checkpointing": "selective"}),
+    for name, scale, settings in (
+        ("accumulated", LossScale(), {"micro_batch": 2, "accumulation": 3, "checkpointing": "full"}),
+        ("selective, scaled", LossScale(2.0**70, window=2), {"micro_batch": 6, "checkpointing": "selective"}),
     ):
-        train(config(steps=3, **settings), data, tmp_path / name)
+        with RunFolder(tmp_path / name, task="finetune", model="case") as run:
+            trainer = build(config(steps=3, **settings), data, run)
+            trainer.loss_scale = scale
+            trainer.fit()
         for (_, a), (_, b) in zip(_losses(tmp_path / "one"), _losses(tmp_path / name), strict=True):
             assert a == pytest.approx(b, abs=1e-5), name
+    assert "step 1: fp16 overflow, the loss scale is now" in capsys.readouterr().err
+    assert 2.0**50 < scale.value < 2.0**70
+    meta = json.loads(next((run.path / "checkpoints").glob("*/meta.json")).read_text())
+    assert meta["extra"]["loss_scale"] == scale.value
 
 
 @pytest.mark.parametrize("what", ["weight", "gradient"])

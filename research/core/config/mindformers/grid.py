@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from research.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from research.core.config.mindformers.yaml_file import Reading
+    from research.core.config.mindformers.yaml_file import Reading, YamlFile
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,9 @@ class Ranks:
     wanted: bool | None = None
 
 
-# Backends whose training splits layers over cards, without pipeline stages. Otherwise every card trains whole layers with the
-# same number of sequences a step, and what fills the memory is spread: weights and all (torch), the optimiser's state
-# (mindspore).
+# Backends whose training splits layers over cards. On the others every card trains whole layers with the same number of
+# sequences a step, and what fills the memory is spread.
 SPLITS_LAYERS = ("mindspore",)
-_INSTEAD = {"torch": "full", "mindspore": "optimizer"}
 
 
 def grid_words(
@@ -77,7 +75,7 @@ def grid_words(
     if started is None:
         out.set("parallel.cards", cards)
     accumulation = micro if micro is not None else int(out.words.get("train.accumulation", "1"))
-    follows = splits_layers or (backend in SPLITS_LAYERS and pipeline == 1)
+    follows = splits_layers or backend in SPLITS_LAYERS
     if not answers and tensor * pipeline > 1 and not follows:
         _whole_layers(
             out, data, cards, accumulation, backend, where, f"model_parallel {tensor} x pipeline_stage {pipeline}"
@@ -97,14 +95,29 @@ def grid_words(
         out.set("train.accumulation", micro)
 
 
+def stage_words(out: Reading, file: YamlFile, layers: int) -> None:
+    """Set ``parallel.stage_layers`` where ``offset`` lists how many layers each stage has beyond layers // stages."""
+    key, stages = "model.model_config.offset", int(out.words.get("parallel.pipeline", "1"))
+    more = file.section("model.model_config").get("offset")
+    if stages == 1 or not isinstance(more, list):
+        return
+    file.take(key)
+    if len(more) != stages or not all(isinstance(n, int) for n in more) or sum(more) != layers % stages:
+        raise ConfigError(
+            f"{more} does not say where the {layers % stages} layers go that {layers} are beyond {stages} even stages",
+            where=f"{file.where}: {key}",
+            hint=f"{[int(stage < layers % stages) for stage in range(stages)]}",
+        )
+    out.set("parallel.stage_layers", f"[{','.join(str(layers // stages + n) for n in more)}]")
+
+
 def _whole_layers(out: Reading, data: int, cards: int, accumulation: int, backend: str, where: str, split: str) -> None:
     """Every card with whole layers: as many sequences a step as the grid has, or as few as the cards can have."""
     groups = data * accumulation
     accumulation, rest = max(1, groups // cards), groups % cards
-    shard = _INSTEAD[backend]
-    out.set("parallel.shard", shard)
+    out.set("parallel.shard", "full")
     out.set("train.accumulation", accumulation)
-    note = f"{where}: {split} becomes parallel.shard={shard}: {backend} trains whole layers on every card"
+    note = f"{where}: {split} becomes parallel.shard=full: {backend} trains whole layers on every card"
     if rest or accumulation * cards != groups:
         batch = int(out.words.get("train.micro_batch", "1"))
         note += f"; {batch * accumulation * cards} sequences a step, where the grid has {batch * groups}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from research.core.config.mindformers.answers import published_answers, read_answers, read_eval, read_export
-from research.core.config.mindformers.grid import Ranks, grid_words
+from research.core.config.mindformers.grid import Ranks, grid_words, stage_words
 from research.core.config.mindformers.keys import brief, sort_out, targets_from_mindformers
 from research.core.config.mindformers.models import check_model, find_model, preset, set_free_sizes
 from research.core.config.mindformers.published import Published, named, published
@@ -69,7 +69,7 @@ def read_file(content: dict, where: str, job: Job) -> Reading:
     if lora:
         _read_lora(file, out, model, mode)
     _read_sections(file, out, job, mode)
-    _read_grid(file, out, job, mode)
+    _read_grid(file, out, job, mode, model)
     _sort_out(file, out)
     return out
 
@@ -110,6 +110,7 @@ def read_published(row: Published, where: str, job: Job) -> Reading:
         micro=micro,
         splits_layers=job.splits_layers,
     )
+    stage_words(out, file, preset(row.model, job.hf).layers)
     sharded = file.truth("parallel.enable_parallel_optimizer")
     if mode in TRAINING and job.backend == "mindspore" and _several(grid, job.ranks):
         out.words.setdefault("parallel.shard", "none" if sharded is False else "optimizer")
@@ -223,7 +224,7 @@ def _leave_to_other_modes(file: YamlFile, mode: str) -> None:
         file.ignore("model.model_config.seq_length", "model.model_config.batch_size")
 
 
-def _read_grid(file: YamlFile, out: Reading, job: Job, mode: str) -> None:
+def _read_grid(file: YamlFile, out: Reading, job: Job, mode: str, model: str) -> None:
     at = "parallel_config"
     grid = tuple(file.whole(f"{at}.{key}") or 1 for key in _GRID)
     micro = file.whole(f"{at}.micro_batch_num")
@@ -253,5 +254,6 @@ def _read_grid(file: YamlFile, out: Reading, job: Job, mode: str) -> None:
         micro=micro,
         splits_layers=job.splits_layers,
     )
+    stage_words(out, file, preset(model, job.hf).layers)
     if mode in TRAINING and job.backend == "mindspore" and sharded is not None and _several(grid, ranks):
         out.words.setdefault("parallel.shard", "optimizer" if sharded else "none")

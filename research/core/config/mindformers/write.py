@@ -13,6 +13,7 @@ from research.core.config.mindformers.keys import DTYPE_NAMES, targets_to_mindfo
 from research.core.config.schema import Config
 from research.core.errors import ConfigError
 from research.core.spec import DecoderSpec
+from research.core.weights.grid import Grid
 
 ENDOFTEXT, IM_END = 151643, 151645
 _MODES = {"pretrain": "train", "finetune": "finetune", "lora": "finetune", "predict": "predict"}
@@ -269,6 +270,15 @@ def _experts(config: Config, spec: DecoderSpec, predicts: bool) -> dict[str, Any
     }
 
 
+def _offset(config: Config, spec: DecoderSpec, predicts: bool) -> int | list[int]:
+    """How many layers each stage has beyond layers // stages; 0 where that is all of them."""
+    stages = config.parallel.pipeline
+    if predicts or (spec.layers % stages == 0 and not config.parallel.stage_layers):
+        return 0
+    layers = Grid(pipeline=stages, stage_layers=tuple(config.parallel.stage_layers)).layers_per_stage(spec.layers)
+    return [count - spec.layers // stages for count in layers]
+
+
 def _model(config: Config, spec: DecoderSpec, of: Release) -> dict[str, Any]:
     predicts, v1 = config.task.name == "predict", spec.model_type == "qwen"
     train, answers = config.train, config.generate
@@ -308,7 +318,7 @@ def _model(config: Config, spec: DecoderSpec, of: Release) -> dict[str, Any]:
         "use_past": predicts,
         "use_flash_attention": True,
         "qkv_concat": False,
-        "offset": 0,
+        "offset": _offset(config, spec, predicts),
         "checkpoint_name_or_path": "",
     }
     out |= _rope(spec)

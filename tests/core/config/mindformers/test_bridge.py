@@ -434,8 +434,7 @@ def test_a_files_grid_must_make_the_ranks_that_were_started():
     assert read_file(content, "f.yaml", Job(ranks=Ranks(None, False))).words.get("parallel.cards") is None
 
 
-@pytest.mark.parametrize(("backend", "shard"), [("torch", "full"), ("mindspore", "optimizer")])
-def test_training_whole_layers_keeps_the_sequences_of_a_step(backend, shard):
+def test_training_whole_layers_keeps_the_sequences_of_a_step():
     grid = [
         "parallel.cards=16",
         "parallel.tensor=4",
@@ -444,11 +443,11 @@ def test_training_whole_layers_keeps_the_sequences_of_a_step(backend, shard):
         "train.micro_batch=2",
     ]
     config = composed("qwen1_5_7b", "finetune", *grid)  # 2 x 2 x 16 = 64 sequences a step
-    reading = read_file(write_config(config, spec_of(config)), "f.yaml", Job(backend=backend))
-    back = compose([*reading.as_words(), f"backend={backend}"])
-    assert (back.parallel.cards, back.parallel.tensor, back.parallel.pipeline, back.parallel.shard) == (16, 1, 1, shard)
+    reading = read_file(write_config(config, spec_of(config)), "f.yaml", Job(backend="torch"))
+    back = compose([*reading.as_words(), "backend=torch"])
+    assert _grid(back) == (16, 1, 1, "full")
     assert back.train.micro_batch * back.train.accumulation * 16 == 64
-    assert f"becomes parallel.shard={shard}" in "\n".join(reading.notes)
+    assert "becomes parallel.shard=full" in "\n".join(reading.notes)
 
 
 def test_more_cards_than_sequences_are_announced():
@@ -458,10 +457,23 @@ def test_more_cards_than_sequences_are_announced():
 
 
 def test_mindspore_trains_with_the_layers_split_as_the_grid_has_them():
-    config = composed("qwen1_5_7b", "finetune", "parallel.cards=8", "parallel.tensor=4")
+    grid = ["parallel.cards=16", "parallel.tensor=4", "parallel.pipeline=2", "train.accumulation=16"]
+    config = composed("qwen1_5_7b", "finetune", *grid)
     reading = read_file(write_config(config, spec_of(config)), "f.yaml", Job())
     back = compose([*reading.as_words(), "backend=mindspore"])
-    assert (back.parallel.cards, back.parallel.tensor) == (8, 4)
+    assert _grid(back)[:3] == (16, 4, 2) and back.train.accumulation == 16
+
+
+def test_uneven_stages_are_mindformers_offset():
+    grid = ["parallel.cards=5", "parallel.pipeline=5", "parallel.stage_layers=[6,7,7,7,5]"]
+    config = composed("qwen1_5_7b", "finetune", *grid)
+    content = write_config(config, spec_of(config))
+    assert content["model"]["model_config"]["offset"] == [0, 1, 1, 1, -1]  # of 32 // 5
+    back = compose([*read_file(content, "f.yaml", Job()).as_words(), "backend=mindspore"])
+    assert back.parallel.stage_layers == [6, 7, 7, 7, 5]
+    content["model"]["model_config"]["offset"] = [1, 1, 1, 1, 1]
+    with pytest.raises(ConfigError, match=r"offset[\s\S]*\[1, 1, 0, 0, 0\]"):
+        read_file(content, "f.yaml", Job())
 
 
 def test_torch_answers_with_the_grids_cards():

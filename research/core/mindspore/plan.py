@@ -1,12 +1,14 @@
-"""Which part of every parameter a worker holds where several share each layer, and back: parts to whole ones.
+"""Which part of every parameter a worker holds where several share the layers or each layer, and back: parts to whole ones.
 
-The rules are those of :mod:`research.core.weights.grid`, which cuts weight files as well: columns and rows by heads and
-feed-forward columns (arXiv 1909.08053), vocabulary rows, every expert's columns. The optimiser, checkpoints, adapters and
-loaders ask here; the collectives are :mod:`research.core.mindspore.tensor_parallel`'s.
+The rules are those of :mod:`research.core.weights.grid`, which cuts weight files as well: stages of whole layers, and in each
+columns and rows by heads and feed-forward columns (arXiv 1909.08053), vocabulary rows, every expert's columns. The decoder,
+optimiser, checkpoints, adapters and loaders ask here; the collectives are :mod:`research.core.mindspore.tensor_parallel`'s and
+:mod:`research.core.mindspore.pipeline`'s.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -63,11 +65,13 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class TensorPlan:
-    """A model's layers over the workers of ``group``; this one is its number ``index``."""
+class Plan:
+    """A model's layers over the stages of a pipeline, and each of a stage's layers over the workers of ``group``; this one is
+    number ``index`` of them, at ``stage``."""
 
     sharding: Sharding
     group: Group
+    stage: int = 0
 
     @property
     def index(self) -> int:
@@ -83,8 +87,37 @@ class TensorPlan:
         return self.sharding.spec
 
     @property
+    def stages(self) -> int:
+        return self.sharding.grid.pipeline
+
+    @property
+    def first(self) -> bool:
+        """Whether this stage looks the tokens up."""
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this stage has the final norm, the head and the loss."""
+        return self.stage == self.stages - 1
+
+    @property
+    def layers(self) -> range:
+        """The decoder layers of this stage, by their numbers in the whole model."""
+        counts = self.sharding.grid.layers_per_stage(self.spec.layers)
+        start = sum(counts[: self.stage])
+        return range(start, start + counts[self.stage])
+
+    def holders(self, name: str) -> tuple[int, ...]:
+        """The stages that have a parameter: one, or first and last for an embedding that is the head as well."""
+        return self.sharding.stages(name)
+
+    def answers_for(self, name: str) -> bool:
+        """Whether this stage's copy of a parameter is the one that is counted and saved."""
+        return self.holders(name)[0] == self.stage
+
+    @property
     def local(self) -> DecoderSpec:
-        """A decoder of a worker's share: fewer heads, columns and vocabulary rows, all else as it is."""
+        """A decoder layer of a worker's share: fewer heads, columns and vocabulary rows, all else as it is."""
         spec, workers = self.spec, self.workers
         moe = spec.moe
         if moe is not None:
@@ -109,6 +142,8 @@ class TensorPlan:
     def cut(self, name: str) -> Cut | None:
         """How a parameter of the decoder (or of an adapter on it) is cut; None: every worker has all of it."""
         spec, workers = self.spec, self.workers
+        if workers == 1:
+            return None
         stacked, adapter = _STACKED.fullmatch(name), _ADAPTER.fullmatch(name)
         if stacked is not None:
             gate_up = stacked[2] == "gate_up_proj"
@@ -150,10 +185,12 @@ class TensorPlan:
         cut = self.cut(name)
         return parts[0] if cut is None else cut.join(parts)
 
-    def sample(self, name: str, part: np.ndarray, shape: Sequence[int], step: int) -> np.ndarray:
-        """Every ``step``-th value of the flat whole of ``shape``; zeros where another worker has it. The workers' sum is the
-        sample of the whole."""
-        places = list(np.unravel_index(np.arange(0, int(np.prod(shape)), step), tuple(shape)))
+    def sample(self, name: str, part: np.ndarray | None, shape: Sequence[int], step: int) -> np.ndarray:
+        """Every ``step``-th value of the flat whole of ``shape``; zeros where another worker has it (``part`` None: another
+        stage). The sum over stages and workers is the sample of the whole."""
+        if part is None or not self.answers_for(name):
+            return np.zeros(len(range(0, math.prod(shape), step)), np.float32)
+        places = list(np.unravel_index(np.arange(0, math.prod(shape), step), tuple(shape)))
         cut = self.cut(name)
         if cut is None:
             mine = np.full(len(places[0]), self.index == 0)
