@@ -87,9 +87,22 @@ def make_buckets(
     return buckets
 
 
+# The primitives: of tensors' methods, one for each of a model's parameters, a graph takes twice as long to compile.
+_reshape, _cast, _slice, _concat = ops.Reshape(), ops.Cast(), ops.Slice(), ops.Concat(0)
+
+
 def flat(bucket: Bucket, tensors):
     """The bucket's tensors, in its order, as one float32 vector."""
-    parts = [t.reshape(-1).astype(ms.float32) for t in tensors]
+    parts = ()
+    for tensor in tensors:
+        row = _reshape(tensor, (-1,))
+        parts += (row if tensor.dtype == ms.float32 else _cast(row, ms.float32),)
     if bucket.filling:
-        parts.append(ops.zeros((bucket.filling,), ms.float32))
-    return parts[0] if len(parts) == 1 else ops.cat(parts)
+        parts += (ops.zeros((bucket.filling,), ms.float32),)
+    return parts[0] if len(parts) == 1 else _concat(parts)
+
+
+def piece(values, place: int, like):
+    """What lies from ``place`` on in a flat float32 vector, in the shape and dtype of the tensor ``like``."""
+    found = _reshape(_slice(values, (place,), (like.size,)), like.shape)
+    return found if like.dtype == ms.float32 else _cast(found, like.dtype)

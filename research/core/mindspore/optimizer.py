@@ -21,7 +21,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from research.core.config.schema import TrainConfig
 from research.core.errors import ConfigError, UserError
 from research.core.mindspore import native, runtime
-from research.core.mindspore.buckets import WHOLE, Kind, flat, make_buckets
+from research.core.mindspore.buckets import WHOLE, Kind, flat, make_buckets, piece
 from research.core.mindspore.collectives import AllReduce, Gather, Group, gather_now, sum_now
 from research.core.mindspore.parallel import World
 from research.core.mindspore.plan import Plan
@@ -132,8 +132,7 @@ class Update(nn.Cell):
         place = 0
         for i in self.groups[n]:
             weight = self.weights[i]
-            piece = ops.slice(values, (place,), (weight.size,))
-            ops.assign(weight, piece.reshape(weight.shape).astype(weight.dtype))
+            ops.assign(weight, piece(values, place, weight))
             place += weight.size
 
 

@@ -20,12 +20,14 @@ from research.core.run.folder import RunFolder
 from research.core.spec import DecoderSpec, MoeSpec
 
 DENSE = DecoderSpec(
-    "qwen2", layers=4, hidden=32, heads=4, kv_heads=2, head_dim=16, ffn=48, vocab=61, max_positions=128, tied=True
+    "qwen2", layers=2, hidden=32, heads=4, kv_heads=2, head_dim=16, ffn=48, vocab=61, max_positions=128, tied=True
 )  # neither kv heads nor vocabulary divide by 4
+MOE = replace(DENSE, model_type="qwen2_moe", moe=MoeSpec(4, 2, 16, 24, aux_coefficient=0.1), tied=False)
 SPECS = {
     "dense": DENSE,
-    "small": replace(DENSE, layers=2),
-    "moe": replace(DENSE, layers=2, model_type="qwen2_moe", moe=MoeSpec(4, 2, 16, 24, aux_coefficient=0.1), tied=False),
+    "thin": replace(DENSE, layers=1),
+    "moe": replace(MOE, layers=1),
+    "mixed": replace(MOE, moe=replace(MOE.moe, dense_layers=(1,))),  # one stage with experts, one without
 }
 
 
@@ -51,7 +53,7 @@ def config(
     train.lr, train.eps, train.steps, train.epochs, train.schedule = 1e-3, 1e-3, steps, None, "constant"
     train.micro_batch, train.accumulation, train.checkpointing = rows, accumulation, checkpointing
     train.log_every, train.dtype, train.async_save, train.resume, train.warmup_steps = 1, "fp32", False, resume, 0
-    train.clip_norm, train.head_chunk, train.eval_every = 0.7, 24, 2
+    train.clip_norm, train.head_chunk = 0.7, 48
     cfg.parallel.tensor, cfg.parallel.shard = tensor, shard
     cfg.parallel.pipeline, cfg.parallel.stage_layers = max(1, len(stages)), list(stages)
     cfg.device.kind, cfg.device.threads = "cpu", 1
@@ -59,10 +61,10 @@ def config(
 
 
 def train(
-    cfg: Config, data: Path, run: Path, world, kind: str = "dense", lora: float | None = None
+    cfg: Config, data: Path, run: Path, world, kind: str = "dense", *, lora: float | None = None, evaluates: bool = True
 ) -> dict[str, np.ndarray]:
-    """Run the training ``cfg`` in the folder ``run``; ``lora``: of an adapter with so much dropout. -> the trained weights,
-    whole."""
+    """Run the training ``cfg`` in the folder ``run``, with its held-out loss at the end; ``lora``: of an adapter with so much
+    dropout. -> the trained weights, whole."""
     from research.core.mindspore.decoder import Decoder
     from research.core.mindspore.lora import add_lora
     from research.core.mindspore.trainer import Trainer
@@ -74,8 +76,8 @@ def train(
         cfg.lora = LoraConfig(rank=4, dropout=lora)
         add_lora(decoder, cfg.lora, seed=2)
     with RunFolder(run, task="finetune", model="case", resume=cfg.train.resume, main=world.main) as folder:
-        splits = PackedDataset(data / "train"), PackedDataset(data / "eval")
-        trainer = Trainer(cfg, decoder, *splits, folder, world)
+        held_out = PackedDataset(data / "eval") if evaluates else None
+        trainer = Trainer(cfg, decoder, PackedDataset(data / "train"), held_out, folder, world)
         trainer.fit()
         return trainer.optimizer.trained()
 
@@ -87,7 +89,8 @@ def work(folder: Path) -> None:
     world = None
     for case in json.loads((folder / "cases.json").read_text()):
         name, fails = case.pop("name"), case.pop("fails", None)
-        kind, lora, data = case.pop("kind", "dense"), case.pop("lora", None), Path(case.pop("data"))
+        kind, data = case.pop("kind", "dense"), Path(case.pop("data"))
+        options = {"lora": case.pop("lora", None), "evaluates": case.pop("evaluates", True)}
         run, strict = folder / case.pop("run", name), case.pop("strict", False)
         cfg = config(**case)
         cfg.auto_transform = not strict
@@ -98,7 +101,7 @@ def work(folder: Path) -> None:
         if fails == world.rank:
             raise SystemExit("this worker fails on purpose")
         try:
-            weights = train(cfg, data, run, world, kind, lora)
+            weights = train(cfg, data, run, world, kind, **options)
         except ConfigError as refused:
             (folder / f"{name}-{world.rank}.error").write_text(str(refused))
             continue

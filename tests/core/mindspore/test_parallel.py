@@ -23,12 +23,11 @@ from research.core.mindspore.mindir import read_meta
 from research.core.mindspore.parallel import World
 from research.core.mindspore.plan import Plan
 from research.core.run.metrics import read_metrics
-from research.core.spec import MoeSpec
 from research.core.weights.grid import Grid, shard_model
 from research.core.weights.keys import parameter_shapes
 from research.tasks import predict
 from tests import small_model
-from tests.core.mindspore.parallel_case import DENSE, config, train
+from tests.core.mindspore.parallel_case import DENSE, SPECS, config, train
 from tests.core.mindspore.training_case import decoder
 from tests.core.torch.training_case import write_data
 
@@ -75,27 +74,29 @@ def _check_same(folder: Path, alone: str, name: str, expected: dict[str, np.ndar
 
 @pytest.mark.slow
 def test_four_workers_train_as_one_on_every_grid_from_its_neighbours_checkpoint(tmp_path, repo):
-    """Two steps each on 4 rows, 2 x 2 with the optimiser's state in parts, two uneven stages of two rows, two stages whose layers
-    two workers share, four stages, and four workers that share all layers: kv heads on two of them each, a vocabulary that
-    is filled up, an embedding that two stages have. A checkpoint of another grid is refused by name where that is asked for."""
+    """Two steps each on 4 rows: rows and columns, rows and stages, both with the optimiser's state in parts, columns and stages,
+    and four workers that share all layers: kv heads on two of them each, a vocabulary that is filled up. Two stages have the
+    embedding. A checkpoint of another grid is refused by name where that is asked for."""
     data = str(write_data(tmp_path / "d", rows=30))
     grids = [
-        {"name": "dp4", "rows": 1, "shard": "optimizer"},
         {"name": "dp2-tp2", "rows": 2, "tensor": 2, "shard": "optimizer", "checkpointing": "selective"},
-        {"name": "dp2-pp2", "rows": 1, "accumulation": 2, "stages": [3, 1], "shard": "optimizer"},
-        {"name": "tp2-pp2", "rows": 2, "accumulation": 2, "stages": [2, 2], "tensor": 2, "checkpointing": "full"},
-        {"name": "pp4", "rows": 1, "accumulation": 4, "stages": [1, 1, 1, 1]},
+        {"name": "dp2-pp2", "rows": 1, "accumulation": 2, "stages": [1, 1], "shard": "optimizer"},
+        {"name": "tp2-pp2", "rows": 1, "accumulation": 4, "stages": [1, 1], "tensor": 2, "checkpointing": "full"},
         {"name": "tp4", "tensor": 4},
     ]
-    cases = [g | {"run": "many", "data": data, "steps": 2 * n + 2, "resume": n > 0} for n, g in enumerate(grids)]
-    cases.insert(-1, cases[-1] | {"name": "strict", "strict": True})
+    last = len(grids) - 1
+    cases = [
+        grid | {"run": "many", "data": data, "steps": 2 * n + 2, "resume": n > 0, "evaluates": n == last}
+        for n, grid in enumerate(grids)
+    ]
+    cases.insert(last, cases[last] | {"name": "strict", "strict": True})
     done = _launch(repo, tmp_path, 4, cases)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     expected = train(config(steps=2 * len(grids)), Path(data), tmp_path / "one", World())
     _check_same(tmp_path, "one", "tp4", expected, run="many")
     for rank in range(4):
         refused = (tmp_path / f"strict-{rank}.error").read_text()
-        assert "the grid dp1-tp1-pp4, this run's is dp1-tp4-pp1" in refused and "step-00000010" in refused
+        assert "the grid dp1-tp2-pp2, this run's is dp1-tp4-pp1" in refused and "step-00000006" in refused
 
 
 # --- two workers ----------------------------------------------------------------------------------------------------
@@ -103,26 +104,27 @@ def test_four_workers_train_as_one_on_every_grid_from_its_neighbours_checkpoint(
 
 @pytest.mark.slow
 def test_two_workers_train_experts_and_adapters_as_one(tmp_path, repo):
-    """Over columns, rows of data and stages; an adapter with dropout, which a stage draws twice."""
+    """Over rows of data and columns; an adapter over columns, and one over stages with and without experts. A stage draws its
+    dropout twice."""
     data = str(write_data(tmp_path / "d", rows=30))
-    two, stages = {"rows": 2, "accumulation": 2, "data": data}, {"stages": [1, 1]}
+    two = {"rows": 2, "accumulation": 2, "data": data}
     cases = [
-        {"name": "experts-dp", "kind": "moe", "rows": 2, "data": data},
-        {"name": "experts-tp", "kind": "moe", "tensor": 2, **two},
-        {"name": "experts-pp", "kind": "moe", **stages, **two},
-        {"name": "adapter-tp", "kind": "small", "lora": 0.0, "tensor": 2, "data": data},
-        {"name": "adapter-pp", "kind": "small", "lora": 0.3, **stages, **two},
+        {"name": "experts-dp", "kind": "moe", "rows": 2, "data": data, "evaluates": False},
+        {"name": "experts-tp", "kind": "moe", "tensor": 2, "evaluates": False, **two},
+        {"name": "adapter-tp", "kind": "thin", "lora": 0.0, "tensor": 2, "data": data, "evaluates": False},
+        {"name": "adapter-pp", "kind": "mixed", "lora": 0.3, "stages": [1, 1], **two},
     ]
     done = _launch(repo, tmp_path, 2, cases)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
     # The router's balance is that of each micro batch: two workers with one have what one worker has with two.
     settings = config(rows=2, accumulation=2)
-    expected = train(settings, Path(data), tmp_path / "experts", World(), "moe")
-    for name in ("experts-dp", "experts-tp", "experts-pp"):
+    expected = train(settings, Path(data), tmp_path / "experts", World(), "moe", evaluates=False)
+    for name in ("experts-dp", "experts-tp"):
         _check_same(tmp_path, "experts", name, expected)
-    for name, cfg, dropout in (("adapter-tp", config(), 0.0), ("adapter-pp", settings, 0.3)):
-        expected = train(cfg, Path(data), tmp_path / f"{name}-alone", World(), "small", dropout)
+    for name, cfg, kind, dropout in (("adapter-tp", config(), "thin", 0.0), ("adapter-pp", settings, "mixed", 0.3)):
+        options = {"lora": dropout, "evaluates": kind == "mixed"}
+        expected = train(cfg, Path(data), tmp_path / f"{name}-alone", World(), kind, **options)
         _check_same(tmp_path, f"{name}-alone", name, expected)
 
 
@@ -173,7 +175,7 @@ def test_worker_that_fails_ends_all_with_its_own_error(tmp_path, repo):
 
 
 def test_workers_parts_make_up_every_parameter_and_its_samples():
-    moe = replace(DENSE, layers=2, model_type="qwen2_moe", moe=MoeSpec(4, 2, 16, 24, dense_layers=(1,)), tied=False)
+    moe = SPECS["mixed"]
     for count in (2, 4):
         plans = [Plan(shard_model(moe, Grid(tensor=count)), Group("", count, i, True)) for i in range(count)]
         local = parameter_shapes(plans[0].local)
@@ -188,7 +190,7 @@ def test_workers_parts_make_up_every_parameter_and_its_samples():
 
 
 def test_stages_hold_every_parameter_under_the_whole_models_name():
-    for spec in (DENSE, replace(DENSE, tied=False)):
+    for spec in (replace(DENSE, layers=4), replace(DENSE, layers=3, tied=False)):
         plans = [Plan(shard_model(spec, Grid(pipeline=3)), Group("", 1, 0, False), stage) for stage in range(3)]
         held = [{p.name: tuple(p.shape) for p in Decoder(spec, plan=plan).get_parameters()} for plan in plans]
         assert held[0] | held[1] | held[2] == parameter_shapes(spec)
