@@ -1,30 +1,35 @@
-"""Batch-1 decoding against transformers' generate (dynamic and static cache) and, where installed, vLLM's CPU build.
+"""Batch-1 decoding against transformers' generate (dynamic and static cache) and, where one is named, vLLM's CPU build.
 
     python benchmarks/decode.py [--model qwen2_5_0_5b] [--dtype bf16] [--prompt 64] [--new 48] [--rounds 5]
+                                [--vllm-python PYTHON]
 
 Random weights in the shape of the model, the same for everyone. Each round every contender continues the same prompt
 greedily; the time of a token is the distance of two tokens as they arrive, so the prefill is not in it, and what the
 contender does between two steps is. Rounds alternate between contenders, so that a disturbance meets all alike. A
 token has to read every weight that it uses once: those bytes over its time, as a share of the measured reading speed of
 this machine's memory, is the figure to compare. ``linear`` is the sum of the plain ``F.linear`` calls of a token, a
-bound for everything built on them. The last line is one JSON object.
+bound for everything built on them. vLLM runs from the interpreter that has it (``--vllm-python`` or BENCH_VLLM_PYTHON).
+The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(Path(__file__).resolve().parent)]
 
+from _outside import Outside  # noqa: E402
 from _transformers_peer import exactly, twin  # noqa: E402
 from roofline import Busy, commit, machine, measure  # noqa: E402
 
@@ -42,6 +47,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=48, help="tokens generated in a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--vllm-python", default=os.environ.get("BENCH_VLLM_PYTHON"))
     args = parser.parse_args(argv)
 
     import torch
@@ -57,17 +63,16 @@ def main(argv: list[str]) -> int:
 
     contenders = {"ours": ours(decoder, args.new), "linear": linear_only(decoder, args.new)}
     contenders |= transformers_contenders(decoder, args.new)
-    if importlib.util.find_spec("vllm") is not None:
-        contenders["vllm"] = vllm_contender(decoder, args.new)
-
-    steps: dict[str, list[list[float]]] = {name: [] for name in contenders}
+    steps: dict[str, list[list[float]]] = {}
     tokens: dict[str, list[int]] = {}
-    with Busy() as busy:
+    with Busy() as busy, ExitStack() as running:
+        if args.vllm_python:
+            contenders["vllm"] = vllm_contender(args.vllm_python, decoder, args.new, running)
         for round_number in range(args.rounds + 1):
             for name, run in contenders.items():
                 times, tokens[name] = run(prompt)
                 if round_number:  # the first round warms up
-                    steps[name].append(times)
+                    steps.setdefault(name, []).append(times)
             if round_number:
                 show("  ".join(f"{n} {1e3 * statistics.median(s[-1]):.1f} ms" for n, s in steps.items()))
 
@@ -122,8 +127,9 @@ def show(text: str) -> None:
 # --- the model --------------------------------------------------------------------------------------------------
 
 
-def random_decoder(name: str, layers: int | None, dtype):
-    """The decoder of a model's shape with random weights, prepared as make predict prepares it."""
+def random_decoder(name: str, layers: int | None, dtype, **changed):
+    """The decoder of a model's shape with random weights, prepared as make predict prepares it; ``changed``: fields of its
+    spec that are others."""
     from dataclasses import replace
 
     import torch
@@ -132,7 +138,7 @@ def random_decoder(name: str, layers: int | None, dtype):
     from research.core.torch.packed_linear import pack_frozen_linears
     from research.registry import model_config, model_spec
 
-    spec = model_spec(model_config(name))
+    spec = replace(model_spec(model_config(name)), **changed)
     if layers:
         spec = replace(spec, layers=layers, sliding_layers=(), sliding_window=None)
     with torch.device("meta"):
@@ -234,29 +240,18 @@ def transformers_contenders(decoder, new: int) -> dict[str, Contender]:
     return {"transformers_dynamic": contender("dynamic"), "transformers_static": contender("static")}
 
 
-def vllm_contender(decoder, new: int) -> Contender:
-    """vLLM reads a folder; its offline interface gives no arrivals, so a step is the difference of two lengths."""
-    from vllm import LLM, SamplingParams
-
+def vllm_contender(python: str, decoder, new: int, running: ExitStack) -> Contender:
     from research.core.torch.weights import save_decoder
 
     with tempfile.TemporaryDirectory() as folder:
         save_decoder(decoder, Path(folder) / "weights")
         dtype = str(decoder.lm_head.weight.dtype).removeprefix("torch.")
-        engine = LLM(
-            str(Path(folder) / "weights"), skip_tokenizer_init=True, dtype=dtype, max_model_len=2048, max_num_seqs=1
-        )
-
-    def seconds(prompt: list[int], count: int) -> tuple[float, list[int]]:
-        settings = SamplingParams(temperature=0, max_tokens=count, min_tokens=count, detokenize=False, ignore_eos=True)
-        start = time.perf_counter()
-        out = engine.generate({"prompt_token_ids": prompt}, settings, use_tqdm=False)
-        return time.perf_counter() - start, list(out[0].outputs[0].token_ids)
+        words = Path(folder) / "weights", dtype, 1, 2048, 0
+        engine = running.enter_context(Outside(python, "_vllm_contender.py", *words))
 
     def run(prompt: list[int]):
-        short, _ = seconds(prompt, 1)
-        long, ids = seconds(prompt, new)
-        return [(long - short) / (new - 1)], ids
+        answer = engine([prompt], new)
+        return [b - a for a, b in pairwise(answer["arrivals"][0])], answer["tokens"][0]
 
     return run
 

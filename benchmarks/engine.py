@@ -1,33 +1,34 @@
 """The engine beside transformers, and beside llama.cpp and vLLM where they are installed: batches 1, 8, 32, and prefill.
 
     python benchmarks/engine.py [--model qwen2_5_0_5b] [--prompt 128] [--new 64] [--batches 1,8,32] [--rounds 3]
-                                [--peers transformers,llama,vllm] [--llama-python PYTHON]
+                                [--peers transformers,llama,vllm] [--llama-python PYTHON] [--vllm-python PYTHON]
 
 Random weights in the shape of the model, the same for everyone, bf16, greedy, no end token. Everybody answers a batch of
 prompts twice: one token, which is the prefill, and --new tokens; the difference is the decoding. Rounds alternate between
 contenders, so that a disturbance meets all alike; the median of the rounds counts. llama.cpp runs from the interpreter
-that has llama-cpp-python and gguf (``--llama-python`` or BENCH_LLAMA_PYTHON), vLLM from this one. A decode step has to read
-every weight once and to multiply it by each row: the longer of the two at the speeds measured here is the roofline. The
-last line is one JSON object.
+that has llama-cpp-python and gguf (``--llama-python`` or BENCH_LLAMA_PYTHON), vLLM from the one that has it
+(``--vllm-python`` or BENCH_VLLM_PYTHON); those that are not named are left out. A decode step has to read every weight
+once and to multiply it by each row: the longer of the two at the speeds measured here is the roofline. The last line is one
+JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(Path(__file__).resolve().parent)]
 
+from _outside import Outside  # noqa: E402
 from _transformers_peer import exactly, twin  # noqa: E402
 from decode import bytes_per_token, random_decoder, show  # noqa: E402
 from roofline import Busy, Roofline, commit, machine, measure  # noqa: E402
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", default="transformers,llama,vllm", help="those that are not installed are left out")
     parser.add_argument("--llama-python", default=os.environ.get("BENCH_LLAMA_PYTHON"))
+    parser.add_argument("--vllm-python", default=os.environ.get("BENCH_VLLM_PYTHON"))
     args = parser.parse_args(argv)
     batches = [int(b) for b in args.batches.split(",")]
 
@@ -65,9 +67,9 @@ def main(argv: list[str]) -> int:
     cells = [(f"first {batch}", prompts[:batch], 1) for batch in sorted({PREFILL, *batches})]
     cells += [(f"all {batch}", prompts[:batch], args.new) for batch in batches]
     seconds: dict[str, dict[str, list[float]]] = {}
-    with tempfile.TemporaryDirectory() as folder, Busy() as busy:
+    with tempfile.TemporaryDirectory() as folder, Busy() as busy, ExitStack() as running:
         contenders = {"ours": ours(decoder, args.prompt + args.new, most)}
-        contenders |= peers(decoder, args, most, Path(folder))
+        contenders |= peers(decoder, args, most, Path(folder), running)
         for run in contenders.values():
             run(prompts[:2], 3)  # warms up
         for round_number in range(args.rounds):
@@ -150,7 +152,7 @@ def ours(decoder, length: int, batch: int) -> Contender:
     return run
 
 
-def peers(decoder, args, batch: int, folder: Path) -> dict[str, Contender]:
+def peers(decoder, args, batch: int, folder: Path, running: ExitStack) -> dict[str, Contender]:
     chosen = args.peers.split(",") if args.peers else []
     for name in chosen:
         if name not in ("transformers", "llama", "vllm"):
@@ -158,19 +160,24 @@ def peers(decoder, args, batch: int, folder: Path) -> dict[str, Contender]:
     found: dict[str, Contender] = {}
     if "transformers" in chosen:
         found["transformers"] = transformers_static(decoder)
-    external = [n for n in ("llama", "vllm") if n in chosen and (n == "llama") <= bool(args.llama_python)]
-    external = [n for n in external if n == "llama" or importlib.util.find_spec("vllm") is not None]
-    if external:
+    outside = {name: getattr(args, f"{name}_python") for name in ("llama", "vllm") if name in chosen}
+    outside = {name: python for name, python in outside.items() if python}
+    weights, length = folder / "weights", args.prompt + args.new
+    if outside:
         from research.core.torch.weights import save_decoder
 
-        save_decoder(decoder, folder / "weights")
-    if "llama" in external:
-        script = Path(__file__).resolve().parent / "_llama_contender.py"
-        words = [args.llama_python, str(script), str(folder / "weights"), str(batch), str(args.prompt + args.new)]
-        found["llama"] = Outside(words)
-    if "vllm" in external:
-        found["vllm"] = vllm_engine(folder / "weights", batch, args.prompt + args.new)
+        save_decoder(decoder, weights)
+    if "llama" in outside:
+        words = weights, batch, length
+        found["llama"] = timed(running.enter_context(Outside(outside["llama"], "_llama_contender.py", *words)))
+    if "vllm" in outside:
+        words = weights, "bfloat16", batch, length, 0
+        found["vllm"] = timed(running.enter_context(Outside(outside["vllm"], "_vllm_contender.py", *words)))
     return found
+
+
+def timed(outside: Outside) -> Contender:
+    return lambda prompts, new: outside(prompts, new)["seconds"]
 
 
 def transformers_static(decoder) -> Contender:
@@ -183,48 +190,6 @@ def transformers_static(decoder) -> Contender:
         start = time.perf_counter()
         out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=exactly(new))
         assert out.shape == (len(prompts), len(prompts[0]) + new)
-        return time.perf_counter() - start
-
-    return run
-
-
-class Outside:
-    """A contender in a process of its own: one JSON line per call, one answer. Its output goes to this one's."""
-
-    def __init__(self, words: list[str]):
-        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._answer()
-
-    def __call__(self, prompts: list[list[int]], new: int) -> float:
-        self._process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()["seconds"]
-
-    def _answer(self) -> dict:
-        line = self._process.stdout.readline()
-        if not line:
-            raise UserError(
-                f"the peer ended with status {self._process.wait()}", where=" ".join(self._process.args[:2])
-            )
-        return json.loads(line)
-
-
-def vllm_engine(weights: Path, batch: int, length: int) -> Contender:
-    from vllm import LLM, SamplingParams
-
-    engine = LLM(
-        str(weights),
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        max_model_len=length,
-        max_num_seqs=batch,
-        enable_prefix_caching=False,
-    )
-
-    def run(prompts: list[list[int]], new: int) -> float:
-        settings = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, detokenize=False, ignore_eos=True)
-        start = time.perf_counter()
-        engine.generate([{"prompt_token_ids": p} for p in prompts], settings, use_tqdm=False)
         return time.perf_counter() - start
 
     return run

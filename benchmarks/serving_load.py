@@ -1,22 +1,28 @@
 """The engine under load: many requests at once, of mixed lengths, every fourth opening with one common prefix.
 
     python benchmarks/serving_load.py [--shapes tiny,qwen2_5_0_5b] [--requests 64] [--rounds 3]
-                                      [--prompt 32,512] [--new 16,128] [--prefix 256] [--seed 0] [--peers transformers]
+                                      [--prompt 32,512] [--new 16,128] [--prefix 256] [--seed 0]
+                                      [--peers transformers,vllm] [--vllm-python PYTHON]
 
 Random weights, bf16, greedy, no end token; ``tiny`` has 4 layers of 256 and the real vocabulary. All requests are submitted at
 once. Reported: output tokens/s over the whole run, and the median and the 95th percentile of the time to the first token
-and between two tokens of an answer. The peer, transformers with a static cache, answers the same requests in batches of
-16, sorted by length and padded. The last line is one JSON object.
+and between two tokens of an answer. The peers answer the same requests: vLLM, where an interpreter that has it is named
+(``--vllm-python`` or BENCH_VLLM_PYTHON), all at once, too; transformers with a static cache in batches of 16, sorted by length and
+padded. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,11 +30,12 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(Path(__file__).resolve().parent)]
 
+from _outside import Outside  # noqa: E402
 from _transformers_peer import exactly, twin  # noqa: E402
 from decode import random_decoder, show  # noqa: E402
 from roofline import Busy, commit, machine  # noqa: E402
 
-from research.core.errors import run_cli  # noqa: E402
+from research.core.errors import UserError, run_cli  # noqa: E402
 from research.core.text.without_text import WithoutText  # noqa: E402
 
 PEER_BATCH = 16
@@ -49,7 +56,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prefix", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peers", default="transformers", help="transformers, or nothing")
+    parser.add_argument("--peers", default="transformers,vllm", help="vllm is left out where no interpreter is named")
+    parser.add_argument("--vllm-python", default=os.environ.get("BENCH_VLLM_PYTHON"))
     args = parser.parse_args(argv)
 
     shapes = {}
@@ -64,25 +72,39 @@ def main(argv: list[str]) -> int:
 
 
 def run_shape(shape: str, args) -> dict:
-    decoder = tiny() if shape == "tiny" else bf16_decoder(shape)
+    """-> each contender's medians over the rounds, and our rate over the others'."""
+    with ExitStack() as running:
+        return compare(tiny() if shape == "tiny" else bf16_decoder(shape), args, running)
+
+
+def compare(decoder, args, running: ExitStack) -> dict:
     load = draw_load(decoder.spec.vocab, args)
-    engine, rounds, peer_seconds = new_engine(decoder, load), [], []
-    peer = transformers_batches(decoder) if args.peers == "transformers" else None
+    engine = new_engine(decoder, load)
+    running.callback(engine.close)
+    contenders: dict[str, Callable[[Load], dict[str, float]]] = {"ours": lambda some: serve(engine, some)}
+    for name in filter(None, args.peers.split(",")):
+        if name == "transformers":
+            contenders[name] = transformers_batches(decoder)
+        elif name != "vllm":
+            raise UserError(f"{name!r} is not a peer", where="--peers", hint="transformers, vllm")
+        elif args.vllm_python:
+            contenders[name] = vllm_at_once(args.vllm_python, decoder, load, running)
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for round_number in range(args.rounds + 1):
         # Other tokens in each round: the prefixes of the last one must not be found again.
         fresh = shifted(load, round_number, decoder.spec.vocab)
-        measured = serve(engine, fresh)
-        took = None if peer is None else peer(fresh)
-        if round_number:  # the first one warms up
-            rounds.append(measured)
-            peer_seconds.append(took)
-    middle = {key: round(statistics.median(r[key] for r in rounds), 4) for key in rounds[0]}
-    if peer is not None:
-        rate = sum(load.new) / statistics.median(peer_seconds)
-        middle["transformers_tokens_per_s"] = round(rate, 1)
-        middle["ratio"] = round(middle["tokens_per_s"] / rate, 2)
-    engine.close()
-    return middle
+        for name, run in contenders.items():
+            found = run(fresh)
+            if round_number:  # the first one warms up
+                rounds[name].append(found)
+        if round_number:
+            show("  ".join(f"{n} {r[-1]['tokens_per_s']:.1f}" for n, r in rounds.items()) + " tokens/s")
+    middle = {
+        name: {key: round(statistics.median(r[key] for r in each), 4) for key in each[0]}
+        for name, each in rounds.items()
+    }
+    rates = {name: found["tokens_per_s"] for name, found in middle.items()}
+    return middle | {"ratios": {n: round(rates["ours"] / rate, 2) for n, rate in rates.items() if n != "ours"}}
 
 
 def bf16_decoder(name: str):
@@ -154,12 +176,16 @@ def serve(engine, load: Load) -> dict[str, float]:
         now = time.perf_counter()
         for update in updates:
             arrivals[update.request] += [now] * len(update.tokens)
-    seconds = time.perf_counter() - start
-    assert sorted(map(len, arrivals.values())) == sorted(load.new)
-    first = [times[0] - start for times in arrivals.values()]
-    between = [b - a for times in arrivals.values() for a, b in pairwise(times)]
+    return figures(load, list(arrivals.values()), start, time.perf_counter())
+
+
+def figures(load: Load, arrivals: list[list[float]], start: float, end: float) -> dict[str, float]:
+    """``arrivals``: of the tokens of each answer, on the clock that ``start`` and ``end`` were read from."""
+    assert [len(times) for times in arrivals] == load.new
+    first = [times[0] - start for times in arrivals]
+    between = [b - a for times in arrivals for a, b in pairwise(times)]
     return {
-        "tokens_per_s": sum(load.new) / seconds,
+        "tokens_per_s": sum(load.new) / (end - start),
         "first_p50_s": percentile(first, 50),
         "first_p95_s": percentile(first, 95),
         "between_p50_s": percentile(between, 50),
@@ -171,12 +197,28 @@ def percentile(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
+def vllm_at_once(python: str, decoder, load: Load, running: ExitStack):
+    from research.core.torch.weights import save_decoder
+
+    longest = max(len(p) + n for p, n in zip(load.prompts, load.new))
+    with tempfile.TemporaryDirectory() as folder:
+        save_decoder(decoder, Path(folder) / "weights")
+        words = Path(folder) / "weights", "bfloat16", len(load.prompts), longest, 1
+        outside = running.enter_context(Outside(python, "_vllm_contender.py", *words))
+
+    def run(load: Load) -> dict[str, float]:
+        answer = outside(load.prompts, load.new)
+        return figures(load, answer["arrivals"], 0.0, answer["seconds"])
+
+    return run
+
+
 def transformers_batches(decoder):
     import torch
 
     model = twin(decoder)
 
-    def run(load: Load) -> float:
+    def run(load: Load) -> dict[str, float]:
         order = sorted(range(len(load.prompts)), key=lambda i: (load.new[i], len(load.prompts[i])))
         start = time.perf_counter()
         for first in range(0, len(order), PEER_BATCH):
@@ -189,7 +231,7 @@ def transformers_batches(decoder):
                 mask[row, longest - len(load.prompts[i]) :] = 1
             new = max(load.new[i] for i in some)
             model.generate(ids, attention_mask=mask, generation_config=exactly(new))
-        return time.perf_counter() - start
+        return {"tokens_per_s": sum(load.new) / (time.perf_counter() - start)}
 
     return run
 

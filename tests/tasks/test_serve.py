@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -76,6 +78,45 @@ def test_it_says_where_it_is_answers_as_predict_does_and_leaves_on_sigterm(weigh
     assert got["choices"][0]["message"]["content"].strip() == expected.strip()
     assert re.search(rf"^tiny is served at http://127\.0\.0\.1:{port}$", said, re.M)
     assert re.search(r"keys +1$", said, re.M) and "2048 tokens" in said and "the-key" not in said
+
+
+@pytest.mark.slow
+def test_two_cards_serve_what_one_answers_and_all_leave_on_sigterm(repo, weights, capsys):
+    question, words = "What is 2 + 3?", ["generate.max_new_tokens=12"]
+    cfg = settings(weights, *words)
+    cfg.prompt = question
+    assert predict.run(cfg) == 0
+    expected = capsys.readouterr().out.removesuffix("\n")
+
+    command = ["bash", "scripts/task.sh", "serve", "generate.dtype=fp32", "engine.num_blocks=300", *words]
+    own = {
+        "MODEL": "qwen2_5_tiny",
+        "WEIGHTS": str(weights),
+        "PORT": "0",
+        "CARDS": "2",
+        "DEVICE": "cpu",
+        "PY": sys.executable,
+    }
+    program = subprocess.Popen(
+        command, cwd=repo, env=os.environ | own | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        said = []
+        while not (found := re.search(r"is served at (http://\S+)$", said[-1] if said else "")):
+            said.append(program.stdout.readline().rstrip("\n"))
+            assert program.poll() is None, said
+        body = {"messages": [{"role": "user", "content": question}], "max_tokens": 12}
+        head = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{found[1]}/v1/chat/completions", json.dumps(body).encode(), head)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            got = json.loads(answer.read())
+        assert got["choices"][0]["message"]["content"].strip() == expected.strip()
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(60) == 0
+    finally:
+        program.kill()
+        program.wait()
+        program.stdout.close()
 
 
 def test_what_is_wrong_is_said_before_the_weights_are_read(weights, monkeypatch):

@@ -29,7 +29,7 @@ class EngineRequest:
     ``stop``: texts that end an answer and are not part of it; ``stop_ids``: tokens that end it beside the model's own
     end tokens, which ``ignore_eos`` switches off. ``logprobs``: report each chosen token's log-probability and those of
     so many best tokens (0: the chosen one only). ``adapter``: name of a loaded adapter. Smaller ``priority`` runs first;
-    among equals the oldest.
+    among equals the oldest. ``logit_bias``: what is added to the logits of some tokens before all else that chooses.
     """
 
     prompt: tuple[int, ...]
@@ -43,6 +43,7 @@ class EngineRequest:
     adapter: str | None = None
     priority: int = 0
     constraint: Constraint | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,18 @@ class RowSampler:
     """
 
     def __init__(
-        self, sampling: Sampling, prompt: Sequence[int], vocab: int, choice: int = 0, match: Match | None = None
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        vocab: int,
+        choice: int = 0,
+        match: Match | None = None,
+        bias: Sequence[tuple[int, float]] = (),
     ):
         self.sampling, self.match = sampling, match
-        self.plain_greedy = sampling.plain_greedy and match is None
+        self.plain_greedy = sampling.plain_greedy and match is None and not bias
+        self._biased = np.array([token for token, _ in bias], np.int64)
+        self._bias = np.array([value for _, value in bias], np.float32)
         self._stream = None if sampling.greedy else UniformStream(sampling.seed + choice)
         self._seen = self._counts = None
         if sampling.repetition_penalty != 1:
@@ -36,6 +44,9 @@ class RowSampler:
 
     def __call__(self, logits_V: np.ndarray) -> int:
         scores_V, sampling = logits_V, self.sampling
+        if len(self._biased):
+            scores_V = scores_V.copy()
+            scores_V[self._biased] += self._bias
         if self._seen is not None:
             scores_V = penalize(scores_V, self._seen, sampling.repetition_penalty)
         if self._counts is not None:

@@ -137,6 +137,11 @@ class PagedEngine:
                 where="the request",
                 hint=f"1 to {self.settings.max_batch} (engine.max_batch)",
             )
+        outside = next((token for token, _ in request.logit_bias if not 0 <= token < self.spec.vocab), None)
+        if outside is not None:
+            raise UserError(
+                f"token id {outside} does not exist in the model: it has {self.spec.vocab}", where="logit_bias"
+            )
         if request.logprobs is not None and request.logprobs < 0:
             raise UserError(f"logprobs={request.logprobs}", where="the request", hint="0 or more")
 
@@ -157,7 +162,7 @@ class PagedEngine:
         state.new, state.logprobs = request.max_new_tokens, request.logprobs
         state.ends = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self.eos_ids)
         match = None if request.constraint is None else self._grammars.start(request.constraint)
-        state.sampler = RowSampler(request.sampling, request.prompt, self.spec.vocab, choice, match)
+        state.sampler = RowSampler(request.sampling, request.prompt, self.spec.vocab, choice, match, request.logit_bias)
         state.text = TextStream(self.tokenizer, hidden=state.ends, stop=request.stop)
         return state
 

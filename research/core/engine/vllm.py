@@ -192,6 +192,7 @@ class VllmEngine:
             "ignore_eos": request.ignore_eos,
             "stop_token_ids": [*request.stop_ids, *(() if request.ignore_eos else self.eos_ids)],
             "logprobs": request.logprobs,
+            "logit_bias": dict(request.logit_bias) or None,
             "detokenize": request.constraint is not None,
             "output_kind": self._vllm.sampling_params.RequestOutputKind.DELTA,
         }

@@ -16,7 +16,7 @@ from research.core.engine.api import EngineRequest, TokenLogprob
 from research.core.errors import DataError
 from research.core.serve.errors import bad
 from research.core.serve.events import DONE, EventStream, event, merged
-from research.core.serve.fields import choices_of, constraint_of, sampling_of, stop_of
+from research.core.serve.fields import bias_of, choices_of, constraint_of, sampling_of, stop_of
 from research.core.serve.logprobs import chat_logprobs
 from research.core.serve.schema import ChatMessage, ChatRequest, StreamOptions, Tool, ToolChoice
 from research.core.serve.service import Service, Work
@@ -50,6 +50,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         adapter=adapter,
         priority=body.priority,
         constraint=turn.constraint,
+        logit_bias=bias_of(body, service),
     )
     work = await service.submit(request, [engine_request])
     if service.settings.log_prompts:

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from research.core.engine.api import EngineRequest, TokenLogprob
 from research.core.serve.errors import bad
 from research.core.serve.events import DONE, EventStream, event, merged
-from research.core.serve.fields import choices_of, constraint_of, sampling_of, stop_of
+from research.core.serve.fields import bias_of, choices_of, constraint_of, sampling_of, stop_of
 from research.core.serve.logprobs import CompletionLogprobs
 from research.core.serve.schema import CompletionRequest, StreamOptions
 from research.core.serve.service import Service, Work
@@ -71,6 +71,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
             adapter=adapter,
             priority=body.priority,
             constraint=constraint_of(body),
+            logit_bias=bias_of(body, service),
         )
         for prompt in prompts
     ]
@@ -93,18 +94,10 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 
 
 async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
-    given = body.prompt
-    if isinstance(given, str) or isinstance(given[0], int):
-        given = [given]
-    if len(given) > service.settings.max_prompts:
-        raise bad("prompt", f"at most {service.settings.max_prompts} in one request here (serve.max_prompts)")
-    if isinstance(given[0], str):
-        rows = await service.encode(given)
-        prompts = [Prompt(ids, text) for ids, text in zip(rows, given)]
-    else:
-        for ids in given:
-            service.check_ids(ids, "prompt")
-        prompts = [Prompt(ids, service.tokenizer.decode(ids) if body.echo else "") for ids in given]
+    texts, rows = await service.rows(body.prompt, "prompt")
+    if texts is None:
+        texts = [service.tokenizer.decode(ids) if body.echo else "" for ids in rows]
+    prompts = [Prompt(ids, text) for ids, text in zip(rows, texts)]
     if body.suffix is None:
         return prompts
     specials = service.tokenizer.special_tokens

@@ -42,17 +42,9 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
 
 async def _texts(service: Service, body: EmbeddingRequest) -> list[list[int]]:
     """Ids of each input; texts end with the token whose state is the embedding (gte's models are trained so)."""
-    given = body.input
-    if isinstance(given, str) or isinstance(given[0], int):
-        given = [given]
-    if len(given) > service.settings.max_prompts:
-        raise bad("input", f"at most {service.settings.max_prompts} in one request here (serve.max_prompts)")
-    if isinstance(given[0], str):
-        rows = [[*ids, service.tokenizer.eos_id] for ids in await service.encode(given)]
-    else:
-        rows = given
-        for ids in rows:
-            service.check_ids(ids, "input")
+    texts, rows = await service.rows(body.input, "input")
+    if texts is not None:
+        rows = [[*ids, service.tokenizer.eos_id] for ids in rows]
     longest = max(map(len, rows))
     if longest > service.length_limit:
         raise bad(

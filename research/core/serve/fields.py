@@ -22,6 +22,12 @@ def sampling_of(body: Sampled, defaults: Sampling) -> Sampling:
     return with_seed(Sampling(**{**vars(defaults), **named}), body.seed)
 
 
+def bias_of(body: Sampled, service: Service) -> tuple[tuple[int, float], ...]:
+    bias = tuple((int(token), value) for token, value in (body.logit_bias or {}).items())
+    service.check_ids([token for token, _ in bias], "logit_bias")
+    return bias
+
+
 def stop_of(body: Sampled) -> tuple[str, ...]:
     stop = body.stop
     return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)

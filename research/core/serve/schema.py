@@ -11,6 +11,10 @@ from research.core.config.names import did_you_mean, nearest
 
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, le=2**31)]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=1000),
+]
 Texts = Annotated[list[str], Field(min_length=1)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
 
@@ -111,6 +115,7 @@ class Sampled(Body):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=2**31)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None

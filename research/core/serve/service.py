@@ -136,6 +136,19 @@ class Service:
         """Ids of plain texts; control tokens in them stay text."""
         return await self.in_thread(sum(map(len, texts)), lambda: self.tokenizer.encode_batch(texts))
 
+    async def rows(
+        self, given: str | list[str] | list[int] | list[list[int]], field: str
+    ) -> tuple[list[str] | None, list[list[int]]]:
+        """OpenAI's four ways to give one or more texts -> (the texts, or None where ids were given; the ids of each)."""
+        several = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+        if len(several) > self.settings.max_prompts:
+            raise bad(field, f"at most {self.settings.max_prompts} in one request here (serve.max_prompts)")
+        if isinstance(several[0], str):
+            return several, await self.encode(several)
+        for ids in several:
+            self.check_ids(ids, field)
+        return None, several
+
     def check_ids(self, ids: Sequence[int], field: str) -> None:
         vocab = self.served.engine.spec.vocab
         wrong = next((index for index in ids if index >= vocab), None)

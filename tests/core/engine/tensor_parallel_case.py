@@ -32,12 +32,12 @@ ADAPTED = ("dense", "mixture")
 NEW = 12
 
 
-def prompts(vocab: int) -> list[list[int]]:
+def prompts(vocab: int, count: int = 8) -> list[list[int]]:
     """Of many lengths; every second one begins alike."""
     draw = torch.Generator().manual_seed(7)
     shared = torch.randint(0, vocab, (20,), generator=draw).tolist()
     lengths = (3, 50, 17, 90, 1, 33, 64, 25)
-    own = [torch.randint(0, vocab, (length,), generator=draw).tolist() for length in lengths]
+    own = [torch.randint(0, vocab, (lengths[n % 8],), generator=draw).tolist() for n in range(count)]
     return [shared + prompt if place % 2 else prompt for place, prompt in enumerate(own)]
 
 
@@ -54,10 +54,15 @@ def settings() -> Config:
     return cfg
 
 
-def main(folder: Path, rank: int) -> dict:
+def count_of(case: str) -> int:
+    """How many requests stand beside each other."""
+    return 64 if case == "dense" else 8
+
+
+def main(folder: Path, rank: int, cases: tuple[str, ...]) -> dict:
     found = {}
     tokenizer, cfg = builtin_tokenizer(), settings()
-    for case in CASES:
+    for case in cases:
         adapters = {name: folder / f"{case}-{name}" for name in ("one", "two")} if case in ADAPTED else {}
         cfg.model.embedding = case == "embedding"
         try:
@@ -72,7 +77,7 @@ def main(folder: Path, rank: int) -> dict:
             continue
         requests = [
             EngineRequest(tuple(prompt), max_new_tokens=NEW, adapter=adapter_of(case, place))
-            for place, prompt in enumerate(prompts(engine.spec.vocab))
+            for place, prompt in enumerate(prompts(engine.spec.vocab, count_of(case)))
         ]
         found[case] = [answer.ids for answer in run_all(engine, requests)]
         found[f"{case} preempted"] = engine.stats().total_preemptions
@@ -131,7 +136,7 @@ def fail(rank: int) -> None:
     build.ModelRunner.execute = failing
 
 
-def launch(name: str, size: int, folder: Path, prepare) -> list[int]:
+def launch(name: str, size: int, folder: Path, cases: tuple[str, ...], prepare) -> list[int]:
     """Fork ``size`` ranks that do :func:`main`; rank 0 writes what it found. -> their exit statuses."""
     port, children = free_port(), []
     for rank in range(size):
@@ -144,7 +149,7 @@ def launch(name: str, size: int, folder: Path, prepare) -> list[int]:
             status = 1
             try:
                 prepare(rank)
-                found = main(folder, rank)
+                found = main(folder, rank, cases)
                 if rank == 0:
                     (folder / f"{name}.json").write_text(json.dumps(found))
                 status = 0
@@ -162,6 +167,11 @@ if __name__ == "__main__":
     library()  # built once, not by every rank
     where = Path(sys.argv[1])
     statuses = {}
-    for name, size, prepare in (("two", 2, tear), ("four", 4, tear), ("failing", 2, fail)):
-        statuses[name] = launch(name, size, where, prepare)
+    for name, size, cases, prepare in (
+        ("two", 2, CASES, tear),
+        ("four", 4, CASES, tear),
+        ("eight", 8, ("tied", "embedding"), tear),
+        ("failing", 2, CASES, fail),
+    ):
+        statuses[name] = launch(name, size, where, cases, prepare)
     (where / "statuses.json").write_text(json.dumps(statuses))

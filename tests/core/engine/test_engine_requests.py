@@ -100,6 +100,22 @@ def test_answers_to_one_prompt_share_its_blocks_and_copy_what_they_write(decoder
     assert nothing_leaked(running)
 
 
+def test_logit_bias_is_added_before_everything_else(decoder):
+    prompt, new = _prompt(20), 8
+    free = run(engine(decoder), [EngineRequest(prompt, max_new_tokens=new)])[0].tokens
+    bias_V = torch.zeros(VOCAB)
+    bias_V[list(set(free))] = -3.0  # less than would forbid them
+    bias = tuple((token, -3.0) for token in set(free))
+    got = run(engine(decoder), [EngineRequest(prompt, max_new_tokens=new, logit_bias=bias)])[0].tokens
+    logits = decoder(torch.tensor([[*prompt, *got[:-1]]]))[0, len(prompt) - 1 :]
+    assert got == (logits + bias_V).argmax(-1).tolist() != free
+    penalized = EngineRequest(prompt, Sampling(repetition_penalty=2.0), 1, logit_bias=bias)
+    exact = _oracle(logits[0] + bias_V, list(prompt), Sampling(temperature=1.0, repetition_penalty=2.0))
+    assert run(engine(decoder), [penalized])[0].tokens == [int(exact.argmax())]
+    with pytest.raises(UserError, match=f"token id {VOCAB} does not exist"):
+        engine(decoder).submit(EngineRequest(prompt, logit_bias=((VOCAB, 1.0),)))
+
+
 def test_cancelled_requests_say_so_once_and_give_their_blocks_back(decoder):
     running = engine(decoder, max_batch=3, max_tokens_per_step=30)
     numbers = [running.submit(EngineRequest(_prompt(40, n), max_new_tokens=20, n=1 + n % 2)) for n in range(4)]

@@ -71,6 +71,7 @@ def test_every_field_reaches_the_engine(server, client):
         stop=["STOP", "END"],
         presence_penalty=0.1,
         frequency_penalty=0.2,
+        logit_bias={"3": -100, "4": 1.5},
         response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
         user="somebody",
         extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.5, "priority": 3, "stop_token_ids": [9]},
@@ -80,7 +81,7 @@ def test_every_field_reaches_the_engine(server, client):
     assert (s.temperature, s.top_p, s.seed, s.top_k, s.min_p) == (0.5, 0.9, 11, 5, 0.1)
     assert (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) == (1.5, 0.1, 0.2)
     assert (request.max_new_tokens, request.n, request.stop, request.stop_ids) == (7, 2, ("STOP", "END"), (9,))
-    assert (request.priority, request.adapter) == (3, None)
+    assert (request.priority, request.adapter, request.logit_bias) == (3, None, ((3, -100), (4, 1.5)))
     assert (request.constraint.kind, request.constraint.value) == ("json_schema", schema)
     for field, kind, value in (
         ({"guided_choice": ["yes", "no"]}, "choice", ("yes", "no")),
@@ -250,6 +251,8 @@ USER = [{"role": "user", "content": "x"}]
         ("completions", {"prompt": ""}, "prompt"),
         ("completions", {"prompt": [99999]}, "prompt"),
         ("completions", {"prompt": "x", "echo": True, "logprobs": 1}, "logprobs"),
+        ("completions", {"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias"),
+        ("chat/completions", {"messages": USER, "logit_bias": {"3": 101}}, "logit_bias"),
         ("completions", {"prompt": "x", "stream_options": {"include_usage": True}}, None),
         ("embeddings", {"input": "x", "dimensions": 3}, "dimensions"),
         ("embeddings", {"input": []}, "input"),
