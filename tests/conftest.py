@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -12,6 +14,14 @@ REPO = Path(__file__).resolve().parent.parent
 # Two workers on two cores: threads of both would wait for each other. Read when torch is loaded, so it is said here.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def load_script(path: Path) -> ModuleType:
+    """A program as a module: starting Python and torch for every case would take most of the tests' time."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

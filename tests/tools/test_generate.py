@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from research.core.errors import run_cli
+from tests.conftest import load_script
 
 PROMPTS = [[5, 9, 2, 77, 31], [4], [7, 11, 3, 8, 9, 10, 42, 6, 1, 0, 98], [3, 2]]
 
@@ -43,10 +43,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def program(repo):
-    spec = importlib.util.spec_from_file_location("tools_generate", repo / "tools" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(repo / "tools" / "generate.py")
 
 
 def _call(program, tmp_path: Path, weights: Path, prompts, *extra: str, new: int = 40) -> tuple[int, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import load_script
 from tests.core.torch.peers import make_pair, random_ids
 from tests.core.torch.test_decoder_qwen1 import CONFIG as QWEN1
 from tests.core.torch.test_decoder_qwen1 import TRAINED, make_weights
@@ -33,11 +33,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tool(repo):
-    """The program as a module: starting Python and torch for every case would take most of the tests' time."""
-    spec = importlib.util.spec_from_file_location("logits_tool", repo / "tools" / "logits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(repo / "tools" / "logits.py")
 
 
 def logits(tool, tmp_path, weights, *args, **arrays) -> np.ndarray:

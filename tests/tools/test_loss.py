@@ -10,6 +10,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from research.core.errors import run_cli
+from tests.conftest import load_script
+
 VOCAB = 89
 
 
@@ -49,17 +52,24 @@ def case(tmp_path_factory):
     return folder, total / count, count
 
 
-def _run(repo, *words, cwd=None):
-    command = [sys.executable, str(repo / "tools" / "loss.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+@pytest.fixture
+def run(repo, case, capsys):
+    """run(words) -> status, standard output, standard error of the program on the case's weights, in this process."""
+    tool = load_script(repo / "tools" / "loss.py")
+
+    def call(*words):
+        status = run_cli(tool.main, ["--weights", str(case[0] / "weights"), *map(str, words)])
+        return status, *capsys.readouterr()
+
+    return call
 
 
 @pytest.mark.parametrize("packed", [[], ["--packed"]])
-def test_loss_is_that_of_transformers_over_all_targets_packed_or_not(case, repo, packed, tmp_path):
+def test_loss_is_that_of_transformers_over_all_targets_packed_or_not(case, run, packed):
     folder, loss, count = case
-    done = _run(repo, "--weights", folder / "weights", "--data", folder / "records.jsonl", *packed, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
+    status, out, err = run("--data", folder / "records.jsonl", *packed)
+    assert status == 0, err
+    answer = json.loads(out)
     assert answer["tokens"] == count
     assert answer["loss"] == pytest.approx(loss, abs=1e-5)  # fp32 sums in another order
 
@@ -74,19 +84,28 @@ def test_loss_is_that_of_transformers_over_all_targets_packed_or_not(case, repo,
         (json.dumps({"input_ids": [1] * 65, "labels": [1] * 65}), "65 tokens, the model is made for 64"),
     ],
 )
-def test_wrong_record_is_named_by_line(case, repo, tmp_path, line, message):
-    folder = case[0]
+def test_wrong_record_is_named_by_line(run, tmp_path, line, message):
     (tmp_path / "records.jsonl").write_text('{"input_ids": [1, 2], "labels": [1, 2]}\n' + line + "\n")
-    done = _run(repo, "--weights", folder / "weights", "--data", tmp_path / "records.jsonl")
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    status, out, err = run("--data", tmp_path / "records.jsonl")
+    assert status == 2 and message in err and out == ""
 
 
-def test_records_without_a_supervised_label_and_missing_files_are_errors(case, repo, tmp_path):
-    folder = case[0]
+def test_records_without_a_supervised_label_and_missing_files_are_errors(run, tmp_path):
     (tmp_path / "records.jsonl").write_text('{"input_ids": [1, 2], "labels": [-100, -100]}\n')
-    done = _run(repo, "--weights", folder / "weights", "--data", tmp_path / "records.jsonl")
-    assert done.returncode == 2 and "no label is supervised" in done.stderr
-    done = _run(repo, "--weights", folder / "weights", "--data", tmp_path / "none.jsonl")
-    assert done.returncode == 2 and "not found" in done.stderr
-    done = _run(repo, "--weights", tmp_path, "--data", tmp_path / "records.jsonl")
-    assert done.returncode == 2 and "error:" in done.stderr
+    status, _, err = run("--data", tmp_path / "records.jsonl")
+    assert status == 2 and "no label is supervised" in err
+    status, _, err = run("--data", tmp_path / "none.jsonl")
+    assert status == 2 and "not found" in err
+    status, _, err = run("--data", tmp_path / "records.jsonl", "--weights", tmp_path)
+    assert status == 2 and "error:" in err
+
+
+def test_the_program_prints_one_line_of_json_and_an_error_without_a_traceback_from_any_folder(case, repo, tmp_path):
+    folder, loss, count = case
+    command = [sys.executable, str(repo / "tools" / "loss.py"), "--weights", str(folder / "weights"), "--data"]
+    records = folder / "records.jsonl"
+    done = subprocess.run([*command, str(records)], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"loss": pytest.approx(loss, abs=1e-5), "tokens": count}
+    failed = subprocess.run([*command, "none"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert failed.returncode == 2 and failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ import sys
 import pytest
 
 from research.core.text.template import get_template
+from tests.conftest import load_script
 
 
 @pytest.fixture
@@ -81,9 +81,7 @@ def test_answers_come_in_order(call, qwen2_5, shared_data, tmp_path):
 @pytest.fixture
 def inside(repo, qwen2_5, tmp_path, monkeypatch, capsys):
     """The same in this process, with the vocabulary that is loaded already."""
-    spec = importlib.util.spec_from_file_location("encode_tool", repo / "tools" / "encode.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_script(repo / "tools" / "encode.py")
     monkeypatch.setattr(tool, "load_tokenizer", lambda folder, family: qwen2_5)
 
     def run(lines, family="qwen2_5"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import resource
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from research.core.errors import run_cli
-from tests.conftest import REPO
+from tests.conftest import REPO, load_script
 from tests.core.weights.cases import Case, mindformers_weights
 
 CASE = Case("qwen2", layers=2)
@@ -25,10 +24,7 @@ CASE = Case("qwen2", layers=2)
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("convert_weight", REPO / "tools" / "convert_weight.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script(REPO / "tools" / "convert_weight.py").main
 
 
 @pytest.fixture
