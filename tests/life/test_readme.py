@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[2]
+from research.core.config.compose import compose
+from research.core.errors import run_cli
+from tests.conftest import REPO
+
 # These start this very test, or take longer than all others together.
 NOT_HERE = ("make test", "make test-fast", "make lint", "make bench", "make setup", "make clean", "git clone", "cd ")
 
@@ -83,20 +86,20 @@ def test_the_readme_commands_run_from_top_to_bottom(copy):
 
 
 @pytest.mark.slow
-def test_the_other_commands_of_the_documents_name_settings_that_exist(copy):
-    checker = copy / "compose_only"
-    checker.write_text(
-        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(copy)!r})\n"
-        "from research.core.config.compose import compose\nfrom research.core.errors import run_cli\n"
-        "sys.exit(run_cli(lambda words: print(compose(words).task.name) or 0, sys.argv[2:]))\n"
-    )
+def test_the_other_commands_of_the_documents_name_settings_that_exist(copy, monkeypatch, capsys):
+    # Instead of Python: each command hands its words over, and this process composes them.
+    handed = copy / "words"
+    checker = copy / "hand_over"
+    checker.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" > '{handed}'\n")
     checker.chmod(0o755)
     (copy / "alpaca_data.json").write_text("[]")
+    monkeypatch.chdir(copy)
     pages = [copy / "README.md", *sorted((copy / "docs").glob("*.md")), *sorted(copy.glob("research/*/README.md"))]
     checked = 0
     for page in pages:
         for command in (line for block in blocks(page.read_text(encoding="utf-8"), "console") for line in block):
             command = re.sub(r"<[a-z ]+>", "/folder", command.split("  #")[0])
+            handed.unlink(missing_ok=True)
             if command.startswith("make ") and not command.startswith(NOT_HERE):
                 done = run(f"{command} PY={checker}", copy)
             elif command.startswith("python research/"):
@@ -104,6 +107,11 @@ def test_the_other_commands_of_the_documents_name_settings_that_exist(copy):
             else:
                 continue
             assert done.returncode == 0, f"{page.name}: {command}\n{done.stderr}"
+            script, *words = handed.read_text(encoding="utf-8").split("\0")[:-1]
+            assert (copy / script).is_file(), f"{page.name}: {command}"
+            assert run_cli(lambda given: compose(given) and 0, words) == 0, (
+                f"{page.name}: {command}\n{capsys.readouterr().err}"
+            )
             checked += 1
     assert checked >= 10
 
