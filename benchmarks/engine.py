@@ -76,6 +76,7 @@ def main(argv: list[str]) -> int:
             for label, some, new in cells:
                 for name, run in contenders.items():
                     seconds.setdefault(name, {}).setdefault(label, []).append(run(some, new))
+                show("  ".join([label, *(f"{name} {each[label][-1]:.2f} s" for name, each in seconds.items())]))
             show(f"round {round_number + 1}: {json.dumps(rates(seconds, batches, args))}")
 
     found = rates(seconds, batches, args)
