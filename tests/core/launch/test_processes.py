@@ -20,7 +20,8 @@ from research.core.launch.member import Quiet
 
 # Runs two ranks of the program that is given, the first one shown.
 SUPERVISOR = """
-import sys, tempfile
+import signal, sys, tempfile
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in a background that ignores Ctrl-C
 from pathlib import Path
 from research.core.launch.failure import Notes
 from research.core.launch.member import Member
