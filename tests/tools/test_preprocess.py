@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import runpy
 import subprocess
 import sys
 from functools import partial
@@ -189,8 +190,7 @@ def test_qwen_preprocess_writes_the_ids_and_labels_of_the_qwen_fine_tuning_scrip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen1_5", "qwen2", "qwen2_5"])
-def test_later_preprocess_scripts_label_every_token_that_transformers_makes(shared_data, tmp_path, family, capsys):
+def test_later_preprocess_scripts_label_every_token_that_transformers_makes(shared_data, tmp_path, capsys):
     from transformers import Qwen2Tokenizer
 
     folder = shared_data / "tokenizer_qwen"
@@ -203,9 +203,6 @@ def test_later_preprocess_scripts_label_every_token_that_transformers_makes(shar
     records.append(turns("no system turn", "none is added"))
     with open(messages, "a") as file:
         file.write(json.dumps({"type": "chatml", "messages": records[-1]}) + "\n")
-    words = ["--input_glob", str(messages), "--output_file", str(tmp_path / "x.mindrecord"), "--seq_length", "127"]
-    words += ["--vocab_file", str(folder / "vocab.json"), "--merges_file", str(folder / "merges.txt")]
-    assert run_cli(partial(preprocess, family), words) == 0
     expected, cut = [], 0
     for record in records:
         ids = oracle(chatml(record), add_special_tokens=False).input_ids
@@ -213,9 +210,13 @@ def test_later_preprocess_scripts_label_every_token_that_transformers_makes(shar
         ids, rest = ids[:128], 128 - len(ids[:128])
         row = {"attention_mask": [1] * len(ids) + [0] * rest, "input_ids": ids + [151643] * rest}
         expected.append({**row, "target_ids": ids + [-100] * rest})
-    assert read(tmp_path / "x.mindrecord") == expected
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"records truncated {cut}" in said and cut > 50
+    words = ["--input_glob", str(messages), "--output_file", str(tmp_path / "x.mindrecord"), "--seq_length", "127"]
+    words += ["--vocab_file", str(folder / "vocab.json"), "--merges_file", str(folder / "merges.txt")]
+    for family in ("qwen1_5", "qwen2", "qwen2_5"):
+        assert run_cli(partial(preprocess, family), [*words, "--overwrite"]) == 0
+        assert read(tmp_path / "x.mindrecord") == expected, family
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"records truncated {cut}" in said and cut > 50
 
 
 @pytest.mark.slow
@@ -420,16 +421,28 @@ COMMANDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("folder", "family"), list(COMMANDS), ids=[folder or "root" for folder, _ in COMMANDS])
-def test_the_documents_commands_work_as_they_stand(shared_data, tmp_path, folder, family):
+def test_the_documents_commands_work_as_they_stand(shared_data, tmp_path, folder, family, monkeypatch):
     pytest.importorskip("mindspore", reason="reads the files as the documents' users do")
     from mindspore.dataset import MindDataset
 
     (tmp_path / "alpaca_data.json").write_text(json.dumps(ALPACA * 3))
     (tmp_path / "wiki.train.tokens").write_bytes((shared_data / "wikitext103" / "wiki.valid.tokens").read_bytes())
-    names = {"python": sys.executable, "path": tmp_path, "vocabulary": shared_data / "tokenizer_qwen"}
+    python, handed = sys.executable, tmp_path / "words"
+    if folder:  # the shell hands the words over and the programs run here; at the root they are started as they stand
+        python = tmp_path / "hand_over"
+        python.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" >> '{handed}'\necho >> '{handed}'\n")
+        python.chmod(0o755)
+    names = {"python": python, "path": tmp_path, "vocabulary": shared_data / "tokenizer_qwen"}
     script = "set -e\n" + COMMANDS[folder, family].format(**names)
     done = subprocess.run(["bash", "-c", script], cwd=REPO / folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(REPO / folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the programs put the repository there
+    for line in handed.read_text().splitlines() if folder else ():
+        monkeypatch.setattr(sys, "argv", line.split("\0")[:-1])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        assert not end.value.code, sys.argv
     label, length = ("labels", 2049) if family == "qwen" else ("target_ids", 4097 if "4096" in script else 2049)
     data = MindDataset(str(tmp_path / "alpaca.mindrecord"), columns_list=["input_ids", label, "attention_mask"])
     rows = list(data.create_dict_iterator(num_epochs=1, output_numpy=True))

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from research.core.text import builtin
-from research.core.text.builtin import builtin_tokenizer, train_builtin
+from research.core.text.builtin import builtin_tokenizer
 from research.core.text.specials import FAMILY_SPECIALS
 from research.core.text.tokenizer import load_tokenizer
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A cache that held nothing before the vocabulary was trained here."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("trained") / "cache"
+        patch.setenv("QWEN_CACHE", str(folder))
+        builtin_tokenizer.cache_clear()
+        builtin_tokenizer()
+        yield folder
+    builtin_tokenizer.cache_clear()
+
+
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def cache(trained, tmp_path, monkeypatch):
+    """A copy of it, which a new process finds."""
+    shutil.copytree(trained, tmp_path / "cache")
     monkeypatch.setenv("QWEN_CACHE", str(tmp_path / "cache"))
     builtin_tokenizer.cache_clear()
     yield tmp_path / "cache"
@@ -45,12 +60,12 @@ def test_training_gives_the_same_vocabulary_in_another_process(cache):
     code = "from research.core.text.builtin import train_builtin; print(train_builtin().fingerprint())"
     environment = os.environ | {"PYTHONHASHSEED": "77", "RAYON_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert run.stdout.strip() == train_builtin().fingerprint() == builtin_tokenizer().fingerprint
+    assert run.stdout.strip() == builtin_tokenizer().fingerprint
 
 
 def test_cache_is_used_and_holds_nothing_half_written(cache, monkeypatch):
     first = builtin_tokenizer()
-    files = list(cache.iterdir())
+    files = list(cache.iterdir())  # as the training left them
     assert len(files) == 1 and json.loads(files[0].read_text(encoding="utf-8"))["model"]
     builtin_tokenizer.cache_clear()
     monkeypatch.setattr(builtin, "train_builtin", lambda: pytest.fail("trained again"))
@@ -58,6 +73,7 @@ def test_cache_is_used_and_holds_nothing_half_written(cache, monkeypatch):
 
 
 def test_two_processes_at_once_agree(cache):
+    shutil.rmtree(cache)
     code = "from research.core.text.builtin import builtin_tokenizer; print(builtin_tokenizer().fingerprint)"
     runs = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
@@ -69,11 +85,11 @@ def test_two_processes_at_once_agree(cache):
 
 
 def test_a_damaged_cache_file_is_trained_again(cache):
-    first = builtin_tokenizer()
+    first = builtin_tokenizer().fingerprint
     path = next(cache.iterdir())
     path.write_text(path.read_text(encoding="utf-8")[:1000], encoding="utf-8")
     builtin_tokenizer.cache_clear()
-    assert builtin_tokenizer().fingerprint == first.fingerprint
+    assert builtin_tokenizer().fingerprint == first and path.stat().st_size > 1000
 
 
 def test_works_without_a_writable_cache(tmp_path, monkeypatch):
@@ -84,14 +100,13 @@ def test_works_without_a_writable_cache(tmp_path, monkeypatch):
     builtin_tokenizer.cache_clear()
 
 
-@pytest.mark.parametrize("family", ["qwen", "qwen1_5", "qwen2_5", "auto"])
-def test_saved_beside_weights_it_loads_for_every_family(cache, tmp_path, family):
+def test_saved_beside_weights_it_loads_for_every_family(cache, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = builtin_tokenizer()
     tokenizer.save(tmp_path / "weights", "{{ 1 }}")
-    again = load_tokenizer(tmp_path / "weights", family)
-    assert again.fingerprint == tokenizer.fingerprint
+    for family in ("qwen", "qwen1_5", "qwen2_5", "auto"):
+        assert load_tokenizer(tmp_path / "weights", family).fingerprint == tokenizer.fingerprint, family
     theirs = AutoTokenizer.from_pretrained(tmp_path / "weights")
     text = "Hi <|im_end|> 你好 123"
     assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text, "all")
