@@ -14,7 +14,8 @@ pytest.importorskip("mindspore", reason="MindSpore is not installed")
 
 
 def _run(task: str, folder, *words: str) -> int:
-    return main([f"task={task}", f"run={folder}", "backend=mindspore", "device=cpu", *SMALL, *words])
+    small = [*SMALL, "model.hf.num_hidden_layers=1"]  # a graph's compilation is most of the time
+    return main([f"task={task}", f"run={folder}", "backend=mindspore", "device=cpu", *small, *words])
 
 
 @pytest.mark.slow
