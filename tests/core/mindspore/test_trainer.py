@@ -45,9 +45,11 @@ def _same(a: dict, b: dict) -> None:
 @pytest.mark.parametrize("case", ["full", "lora", "moe"])
 def test_five_steps_have_torchs_losses_norms_and_weights(tmp_path, data, case):
     """Packed rows, two micro batches a step, clipped gradients, an evaluation."""
-    options = {"lora": LORA} if case == "lora" else {}
-    if case == "moe":
-        options = {"model_type": "qwen2_moe", "moe": MOE, "tied": False}
+    options = {
+        "full": {},
+        "lora": {"lora": LORA, "layers": 1},
+        "moe": {"model_type": "qwen2_moe", "moe": MOE, "tied": False, "layers": 1},
+    }[case]
     settings = {"steps": 5, "accumulation": 2, "clip_norm": 0.7, "head_chunk": 24}
     mine, weights = train(config(**settings), data, tmp_path / "a", **options)
     theirs, expected = train_torch(config(**settings), data, tmp_path / "b", **options)
@@ -64,13 +66,13 @@ def test_five_steps_have_torchs_losses_norms_and_weights(tmp_path, data, case):
 
 def test_three_steps_and_three_more_equal_six_bit_for_bit(tmp_path, data):
     """With dropout, whose choices go on too; without, see the test of a killed run."""
-    lora = replace(LORA, dropout=0.3)
+    options = {"lora": replace(LORA, dropout=0.3), "layers": 1}
     settings = {"steps": 6, "eval_every": 3, "micro_batch": 4}
-    whole, weights = train(config(**settings), data, tmp_path / "a", lora=lora)
+    whole, weights = train(config(**settings), data, tmp_path / "a", **options)
     with pytest.raises(Interrupted):  # asked to stop at step 2, saved and stopped after step 3
-        train(config(**settings, sample_every=2), data, tmp_path / "b", lora=lora, sample=_interrupt)
+        train(config(**settings, sample_every=2), data, tmp_path / "b", sample=_interrupt, **options)
     assert [p.name for p in (tmp_path / "b" / "checkpoints").iterdir()] == ["step-00000003"]
-    again, resumed = train(config(**settings, resume=True), data, tmp_path / "b", lora=lora)
+    again, resumed = train(config(**settings, resume=True), data, tmp_path / "b", **options)
     _same(weights, resumed)
     assert (whole.eval_loss, whole.loss, whole.tokens) == (again.eval_loss, again.loss, again.tokens)
     assert _losses(tmp_path / "a") == _losses(tmp_path / "b")
@@ -117,9 +119,9 @@ def test_accumulation_checkpointing_and_loss_scaling_do_not_change_the_training(
 @pytest.mark.parametrize("what", ["weight", "gradient"])
 def test_non_finite_step_keeps_the_batch_and_makes_no_update(tmp_path, data, what):
     with RunFolder(tmp_path / "r", task="finetune", model="case") as run:
-        trainer = build(config(micro_batch=4), data, run)
+        trainer = build(config(micro_batch=4), data, run, layers=1)
         if what == "weight":
-            weight = trainer.decoder.model.layers[1].mlp.up_proj.weight
+            weight = trainer.decoder.model.layers[0].mlp.up_proj.weight
             value = weight.asnumpy().copy()
             value[0, 0] = math.nan
             weight.set_data(Tensor(value))
