@@ -6,16 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import yaml
 
+from research.core.errors import run_cli
 from research.core.launch.host import free_port
+from research.tasks.convert_scripts import qwen1_5_convert
+from research.tasks.preprocess_scripts import chatml_alpaca, preprocess
+from tests import small_model
+from tests.conftest import load_script
 
 pytest.importorskip("mindspore", reason="the documents train with MindSpore")
 pytestmark = pytest.mark.slow
 
 MODEL = "qwen1_5_tiny"
+# One layer: every worker compiles its graphs. A file for a size that no preset has needs the difference beside it.
+SIZE = f"model={MODEL} model.hf.num_hidden_layers=1"
 
 
 @pytest.fixture(scope="module")
@@ -34,38 +42,29 @@ def run(repo, tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(run, repo, tmp_path_factory):
     """A folder with alpaca.mindrecord, vocabulary, a whole checkpoint in model_dir/rank_0, and two YAML files."""
-    from research.core.text.builtin import builtin_tokenizer
-    from research.core.text.template import get_template
-    from research.core.torch.decoder import Decoder
-    from research.core.torch.weights import save_decoder
-    from research.registry import model_config, model_spec
-    from research.tasks.exporting import tokenizer_files
-
     folder = tmp_path_factory.mktemp("documents")
     records = [{"instruction": f"What is {n} plus {n}?", "input": "", "output": f"It is {2 * n}."} for n in range(24)]
     (folder / "alpaca_data.json").write_text(json.dumps(records))
-    tokenizer = builtin_tokenizer()
-    decoder = Decoder(model_spec(model_config(MODEL), tokens=tokenizer.vocab_size)).init_weights(3)
-    save_decoder(
-        decoder, folder / "hf", files=tokenizer_files(tokenizer, get_template("qwen1_5")), eos=list(tokenizer.eos_ids())
-    )
-    family = repo / "research" / "qwen1_5"
-    run(sys.executable, family / "alpaca_converter.py", "--data_path", folder / "alpaca_data.json", "--output_path",
-        folder / "alpaca-data-messages.json")  # fmt: skip
-    run(sys.executable, family / "qwen1_5_preprocess.py", "--input_glob", folder / "alpaca-data-messages.json", "--vocab_file",
-        folder / "hf" / "vocab.json", "--merges_file", folder / "hf" / "merges.txt", "--seq_length", 64, "--output_file",
-        folder / "alpaca.mindrecord")  # fmt: skip
+    small_model.save(folder / "hf", MODEL, 1, eos=True)
+
+    def go(program, *words):
+        assert run_cli(program, [str(word) for word in words]) == 0
+
+    go(chatml_alpaca, "--data_path", folder / "alpaca_data.json", "--output_path", folder / "messages.json")
+    go(partial(preprocess, "qwen1_5"), "--input_glob", folder / "messages.json", "--vocab_file", folder / "hf" / "vocab.json",
+       "--merges_file", folder / "hf" / "merges.txt", "--seq_length", 64, "--output_file", folder / "alpaca.mindrecord")  # fmt: skip
     ckpt = folder / "model_dir" / "rank_0" / "tiny.ckpt"
-    run(sys.executable, family / "convert_weight.py", "--torch_ckpt_dir", folder / "hf", "--mindspore_ckpt_path", ckpt)
+    go(qwen1_5_convert, "--torch_ckpt_dir", folder / "hf", "--mindspore_ckpt_path", ckpt)
     size = [
-        f"model.hf.vocab_size={decoder.spec.vocab}",
+        f"model.hf.vocab_size={json.loads((folder / 'hf' / 'config.json').read_text())['vocab_size']}",
+        "model.hf.num_hidden_layers=1",
         "parallel.cards=2",
         "data.seq_length=64",
         "train.micro_batch=2",
     ]
     for task in ("finetune", "lora"):
         words = [f"model={MODEL}", f"task={task}", *size, "train.epochs=1", "train.lr=1e-3", "train.keep_last=1"]
-        run(sys.executable, "tools/mindformers_yaml.py", *words, "--output", folder / f"{task}.yaml")
+        go(load_script(repo / "tools" / "mindformers_yaml.py").main, *words, "--output", folder / f"{task}.yaml")
     return folder
 
 
@@ -74,7 +73,7 @@ def test_finetune_on_two_workers_with_run_singlenode(run, repo, prepared):
     command = (
         f"python qwen1_5/run_qwen1_5.py --config {prepared}/finetune.yaml --load_checkpoint {prepared}/model_dir "
         f"--use_parallel True --run_mode finetune --auto_trans_ckpt True --train_data {prepared}/alpaca.mindrecord "
-        f"--vocab_file {prepared}/hf/vocab.json --merges_file {prepared}/hf/merges.txt --output_dir {out} train.log_every=1"
+        f"--vocab_file {prepared}/hf/vocab.json --merges_file {prepared}/hf/merges.txt --output_dir {out} train.log_every=1 {SIZE}"
     )
     launcher = repo / "research" / "run_singlenode.sh"
     done = run(
@@ -95,7 +94,7 @@ def test_lora_on_two_workers_with_msrun_launcher(run, repo, prepared):
     command = (
         f"run_mindformer.py --register_path research/qwen1_5 --config {prepared}/lora.yaml --load_checkpoint {prepared}/hf "
         f"--use_parallel True --run_mode finetune --auto_trans_ckpt True --train_dataset {prepared}/alpaca.mindrecord "
-        f"--output_dir {out} train.log_every=1"
+        f"--output_dir {out} train.log_every=1 {SIZE}"
     )
     port = free_port(first=23000)
     run("bash", "scripts/msrun_launcher.sh", command, 2, port, prepared / "msrun_log")
@@ -108,7 +107,7 @@ def test_lora_on_two_workers_with_msrun_launcher(run, repo, prepared):
 def test_a_grid_that_is_not_the_launchers_ends_both_ranks_with_the_reason(run, repo, prepared):
     command = (
         f"run_mindformer.py --config {prepared}/finetune.yaml --run_mode finetune --parallel_config.data_parallel 4 "
-        f"--train_dataset {prepared}/alpaca.mindrecord"
+        f"--train_dataset {prepared}/alpaca.mindrecord {SIZE}"
     )
     done = run(
         "bash", "scripts/msrun_launcher.sh", command, 2, free_port(first=23100), prepared / "failed_log", status=2
