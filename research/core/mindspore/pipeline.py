@@ -181,11 +181,14 @@ class Pipeline:
             self.backward = None if optimizer is None else StageBackward(Stage(decoder), optimizer)
         self.experts, self.width = self.stage.experts, self.stage.width
         self.dtype = ms.float32 if self.experts else decoder.dtype
+        self.compiled = False
 
     def gradients(
         self, inputs: Sequence[Given], scale: Tensor, router_scale: Tensor, begin: Callable[[int], None]
     ) -> list[tuple[float, float]]:
         """:meth:`research.core.mindspore.passes.Passes.gradients`; ``begin`` comes before each of a micro batch's passes."""
+        if not self.compiled:
+            self._compile(inputs[0], scale, router_scale)
         states = []
         for number, given in enumerate(inputs):
             states.append(self._receive(self.before, given))
@@ -209,17 +212,35 @@ class Pipeline:
 
     def loss(self, given: Given) -> float:
         """:meth:`research.core.mindspore.passes.Passes.loss`."""
+        own = given if self.last else (*_of_layers(given), given[6])
+        self.stage.compile(*own, self._empty(self.before, given))  # once for each shape; see _compile
         state = self._receive(self.before, given)
         if self.last:
-            return float(self.stage(*given, state)[0].asnumpy())
-        self.after.send(self.stage(*_of_layers(given), given[6], state))
+            return float(self.stage(*own, state)[0].asnumpy())
+        self.after.send(self.stage(*own, state))
         return 0.0
 
+    def _compile(self, given: Given, scale: Tensor, router_scale: Tensor) -> None:
+        """All stages at the same time: one after another, each when its first state comes, the last would wait longer than
+        collectives do."""
+        state = self._empty(self.before, given)
+        if self.last:
+            self.backward.compile(*given[:6], state, scale, router_scale)
+        else:
+            self.forward.compile(*_of_layers(given), None, state)
+            self.backward.compile(*_of_layers(given), state, self._empty(self.after, given))
+        self.compiled = True
+
     def _receive(self, link: Link | None, given: Given) -> Tensor | None:
-        if link is None:
-            return None
+        return None if link is None else link.receive(self._size(given), self.dtype)
+
+    def _empty(self, link: Link | None, given: Given) -> Tensor | None:
+        return None if link is None else ops.zeros((self._size(given),), self.dtype)
+
+    def _size(self, given: Given) -> int:
+        """Elements of what goes over a link for these rows."""
         rows, time = given[0].shape
-        return link.receive(rows * time * self.width + 2 * self.experts, self.dtype)
+        return rows * time * self.width + 2 * self.experts
 
 
 def _of_layers(given: Given) -> tuple[Tensor | None, ...]:

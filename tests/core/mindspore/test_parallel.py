@@ -76,7 +76,7 @@ def _check_same(folder: Path, alone: str, name: str, expected: dict[str, np.ndar
 def test_four_workers_train_as_one_on_every_grid_from_its_neighbours_checkpoint(tmp_path, repo):
     """Two steps each on 4 rows: rows and columns, rows and stages, both with the optimiser's state in parts, columns and stages,
     and four workers that share all layers: kv heads on two of them each, a vocabulary that is filled up. Two stages have the
-    embedding. A checkpoint of another grid is refused by name where that is asked for."""
+    embedding. Then four rows alone. A checkpoint of another grid is refused by name where that is asked for."""
     data = str(write_data(tmp_path / "d", rows=30))
     grids = [
         {"name": "dp2-tp2", "rows": 2, "tensor": 2, "shard": "optimizer", "checkpointing": "selective"},
@@ -90,10 +90,14 @@ def test_four_workers_train_as_one_on_every_grid_from_its_neighbours_checkpoint(
         for n, grid in enumerate(grids)
     ]
     cases.insert(last, cases[last] | {"name": "strict", "strict": True})
+    thin = {"kind": "thin", "evaluates": False}
+    cases.append({"name": "dp4", "rows": 1, "shard": "optimizer", "data": data, **thin})
     done = _launch(repo, tmp_path, 4, cases)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     expected = train(config(steps=2 * len(grids)), Path(data), tmp_path / "one", World())
     _check_same(tmp_path, "one", "tp4", expected, run="many")
+    expected = train(config(), Path(data), tmp_path / "alone", World(), **thin)
+    _check_same(tmp_path, "alone", "dp4", expected)
     for rank in range(4):
         refused = (tmp_path / f"strict-{rank}.error").read_text()
         assert "the grid dp1-tp2-pp2, this run's is dp1-tp4-pp1" in refused and "step-00000006" in refused
