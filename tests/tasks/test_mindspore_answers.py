@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ NEW = "generate.max_new_tokens=12"
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    return small_model.save(tmp_path_factory.mktemp("model") / "weights", "qwen1_5_tiny", 2)
+    return small_model.save(tmp_path_factory.mktemp("model") / "weights", "qwen1_5_tiny", 1)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def adapter(weights) -> Path:
 
 
 def _words(weights: Path, backend: str, *words: str) -> list[str]:
-    own = ["model=qwen1_5_tiny", "model.hf.num_hidden_layers=2", f"weights={weights}", f"backend={backend}", NEW]
+    own = ["model=qwen1_5_tiny", "model.hf.num_hidden_layers=1", f"weights={weights}", f"backend={backend}", NEW]
     return [*own, "device=cpu", "generate.dtype=fp32", *words]
 
 
@@ -75,37 +76,39 @@ def test_predict_gives_the_torch_backends_answers_sampled_from_a_file_raw_and_wi
     assert len(set(answers)) == len(cases), "the model answers everything alike: nothing is proved"
 
 
-def _talk(repo: Path, weights: Path, text: str | None, *words: str, script="research/qwen1_5/run_qwen1_5_chat.py"):
-    command = [sys.executable, str(repo / script), "--load_checkpoint", str(weights), "model=qwen1_5_tiny"]
-    command += ["model.hf.num_hidden_layers=2", NEW, *words]
-    given = {"stdin": subprocess.DEVNULL} if text is None else {"input": text}
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **given)
+def _ask(weights: Path, *words: str, backend: str = "torch") -> int:
+    own = ["--load_checkpoint", str(weights), "model=qwen1_5_tiny", "model.hf.num_hidden_layers=1", NEW]
+    return run_cli(lambda words: chat_script.main(words, "qwen1_5"), [*own, f"backend={backend}", "device=cpu", *words])
 
 
 @pytest.mark.slow
-def test_the_chat_script_answers_several_questions_and_over_a_pipe_as_make_chat_on_torch_does(repo, weights, tmp_path):
-    questions = ["Hello there", "And now?"]
-    asked = _talk(repo, weights, None, "--predict_data", *questions, "--enable_history", "True", "--do_sample", "False")
-    assert asked.returncode == 0, asked.stderr
-    assert "float32 on CPU (MindSpore)" in asked.stderr and "> Hello there" in asked.stderr
+def test_the_chat_script_answers_several_questions_and_over_a_pipe_as_make_chat_on_torch_does(
+    repo, weights, tmp_path, capsys, monkeypatch
+):
+    questions, history = ["Hello there", "And now?"], ("--enable_history", "True")
+    assert _ask(weights, "--predict_data", *questions, *history, "--do_sample", "False", backend="mindspore") == 0
+    asked = capsys.readouterr()
+    assert "float32 on CPU (MindSpore)" in asked.err and "> Hello there" in asked.err
 
-    talk = (
-        "".join(f"{question}\n" for question in questions)
-        + f"/clear\nHello there\n/save {tmp_path / 't.json'}\n/quit\n"
+    talk = "".join(f"{question}\n" for question in questions)
+    talk += f"/clear\nHello there\n/save {tmp_path / 't.json'}\n/quit\n"
+    command = [sys.executable, str(repo / "research/qwen1_5/run_qwen1_5_chat.py"), "--load_checkpoint", str(weights)]
+    command += ["model=qwen1_5_tiny", "model.hf.num_hidden_layers=1", NEW, *history, "--seq_length", "512"]
+    piped = subprocess.run(
+        [*command, "--device_id", "0"],
+        input=talk,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    piped = _talk(repo, weights, talk, "--enable_history", "True", "--seq_length", "512", "--device_id", "0")
     assert piped.returncode == 0, piped.stderr
     answers = piped.stdout.splitlines()
-    assert "\n".join(answers[:2]) + "\n" == asked.stdout and answers[2] == answers[0] != answers[1]
+    assert "\n".join(answers[:2]) + "\n" == asked.out and answers[2] == answers[0] != answers[1]
     assert len(json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))["messages"]) == 3  # with the system prompt
 
-    on_torch = _talk(repo, weights, talk, "--enable_history", "True", "backend=torch", "device=cpu")
-    assert on_torch.stdout == piped.stdout, on_torch.stderr
-
-
-def _ask(weights: Path, *words: str) -> int:
-    own = ["--load_checkpoint", str(weights), "model=qwen1_5_tiny", "model.hf.num_hidden_layers=2", NEW]
-    return run_cli(lambda words: chat_script.main(words, "qwen1_5"), [*own, "backend=torch", "device=cpu", *words])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(talk.encode())))
+    assert _ask(weights, *history) == 0
+    assert capsys.readouterr().out == piped.stdout
 
 
 def test_without_history_every_question_stands_alone(weights, capsys):
