@@ -19,12 +19,31 @@ from research.core.mindspore.loss import Objective, shifted_targets
 from research.core.torch.layout import Layout as TorchLayout
 from research.core.torch.loss import Objective as TorchObjective
 from tests.core.mindspore.peers import Gradients, as_tensor, layout_inputs, twin
-from tests.core.torch.peers import VARIANTS, make_pair, packed_ids, random_ids
+from tests.core.torch.peers import make_pair, packed_ids, random_ids
 
 # fp32 sums in another order: logits of size ~10 differ by up to 3e-5; the bounds are the requirement's.
 CLOSE = {"atol": 1e-4, "rtol": 0}
-# yarn_factor does what yarn does, and more
-EVERY = [pytest.param(v, marks=[] if v == "gqa" else pytest.mark.slow) for v in VARIANTS if v != "yarn"]
+# A graph costs seconds. Every setting of the torch tests' VARIANTS is in one of these, several where they act in
+# different parts of a layer; two layers where layers differ. yarn_factor does what yarn does, and more.
+ONE = {"num_hidden_layers": 1}
+ALL_SLIDE = ONE | {"max_window_layers": 0}
+CASES = {
+    "gqa": ("gqa", {"num_hidden_layers": 2}),
+    "tied, as many key heads, linear positions": (
+        "linear",
+        ONE | {"num_key_value_heads": 6, "tie_word_embeddings": True},
+    ),
+    "window in the second layer": ("window", {"num_hidden_layers": 2}),
+    "yarn_factor": ("yarn_factor", ONE),
+    "moe": ("moe", ONE),
+    "moe_norm_topk": ("moe_norm_topk", ONE),
+    "moe_some_dense": ("moe_some_dense", {"num_hidden_layers": 2}),
+    "moe in every second layer, no bias, window in the first": (
+        "moe_window",
+        {"num_hidden_layers": 2, "decoder_sparse_step": 2, "qkv_bias": False},
+    ),
+}
+EVERY = [pytest.param(case, marks=[] if case == "gqa" else pytest.mark.slow) for case in CASES]
 ROWS = [[5, 9, 6, 12, 15], [16, 13], [10, 7], [1, 1, 14]]
 
 
@@ -50,18 +69,20 @@ class Summed(ms.nn.Cell):
 
 
 def small_pair(variant: str):
-    return make_pair(variant, num_hidden_layers=2)
+    """One layer, a sliding one where the variant has any."""
+    return make_pair(variant, **(ALL_SLIDE if variant == "window" else ONE))
 
 
-@pytest.mark.parametrize("variant", EVERY)
-def test_logits_loss_and_gradients_equal_transformers(variant):
+@pytest.mark.parametrize("case", EVERY)
+def test_logits_loss_and_gradients_equal_transformers(case):
     """The logits from plain operators (as a MINDIR has them), loss and gradients from the kernels that training uses."""
-    theirs, ours = small_pair(variant)
+    variant, changes = CASES[case]
+    theirs, ours = make_pair(variant, **changes)
     ids = random_ids(2, 40)
     labels = ids.clone()
     labels[:, :5] = -100
     expected = theirs(ids, labels=labels)
-    if variant in ("gqa", "window", "yarn_factor", "moe"):  # a graph costs seconds
+    if variant in ("gqa", "window", "yarn_factor", "moe"):
         plain = twin(ours, kernels="composite")
         np.testing.assert_allclose(plain(as_tensor(ids)).asnumpy(), expected.logits.detach().numpy(), **CLOSE)
 
