@@ -102,7 +102,7 @@ def test_accumulation_checkpointing_and_loss_scaling_do_not_change_the_training(
     train(config(steps=3, micro_batch=6), data, tmp_path / "one")
     for name, scale, settings in (
         ("accumulated", LossScale(), {"micro_batch": 2, "accumulation": 3, "checkpointing": "full"}),
-        ("selective, scaled", LossScale(2.0**70, window=2), {"micro_batch": 6, "checkpointing": "selective"}),
+        ("selective, scaled", LossScale(2.0**70), {"micro_batch": 6, "checkpointing": "selective"}),
     ):
         with RunFolder(tmp_path / name, task="finetune", model="case") as run:
             trainer = build(config(steps=3, **settings), data, run)
