@@ -14,13 +14,19 @@ from tests.core.mindspore.peers import as_tensor, twin
 from tests.core.torch.peers import make_pair, random_ids
 
 CLOSE = {"atol": 1e-4, "rtol": 0}  # logits of size ~10 in float32
+SLIDING = {"use_sliding_window": True, "sliding_window": 7}
 
 
 @pytest.mark.parametrize(
-    "variant", ["gqa", *(pytest.param(v, marks=pytest.mark.slow) for v in ("window", "yarn_factor", "moe"))]
+    ("variant", "changes"),
+    [
+        ("gqa", {}),
+        # a sliding layer: with a whole one in the test below; experts there and in test_generate
+        pytest.param("yarn_factor", SLIDING | {"max_window_layers": 0}, marks=pytest.mark.slow),
+    ],
 )
-def test_64_greedy_tokens_equal_transformers(variant):
-    theirs, ours = make_pair(variant, seed=3, num_hidden_layers=2)
+def test_64_greedy_tokens_equal_transformers(variant, changes):
+    theirs, ours = make_pair(variant, seed=3, num_hidden_layers=1, **changes)
     ids = random_ids(2, 9)
     expected = theirs.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None
@@ -35,10 +41,10 @@ def test_64_greedy_tokens_equal_transformers(variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["gqa", "window", "moe"])
-def test_prompts_of_different_lengths_and_their_steps_equal_whole_forwards(variant):
-    """Dense caches, and paged ones whose blocks lie in no order."""
-    theirs, ours = make_pair(variant, num_hidden_layers=2)
+@pytest.mark.parametrize(("variant", "layers"), [("window", 2), ("moe", 1)])
+def test_prompts_of_different_lengths_and_their_steps_equal_whole_forwards(variant, layers):
+    """Dense caches, and paged ones whose blocks lie in no order; a whole and a sliding layer, and a sparse one."""
+    theirs, ours = make_pair(variant, num_hidden_layers=layers)
     decoder, ids, lengths = twin(ours), random_ids(3, 24), [5, 14, 9]
     with torch.no_grad():
         whole = theirs(ids).logits.numpy()

@@ -50,10 +50,16 @@ def adapted_pair(variant: str, cfg: LoraConfig):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variant", "choice"), [("gqa", "patterns"), ("tied", "rslora"), ("gqa", "all-linear"), ("moe", "all-linear")]
+    ("variant", "choice"),
+    [
+        ("gqa", CHOICES["patterns"]),
+        ("tied", CHOICES["rslora"] | CHOICES["all-linear"]),
+        ("moe", CHOICES["all-linear"]),
+    ],
+    ids=["patterns", "rslora of all, tied", "experts"],
 )
 def test_a_step_has_the_loss_and_adapter_gradients_of_torch(variant, choice):
-    cfg = LoraConfig(rank=4, alpha=8.0, **CHOICES[choice])
+    cfg = LoraConfig(rank=4, alpha=8.0, **choice)
     ours, decoder = adapted_pair(variant, cfg)
     total, _ = TorchObjective(ours, 1024)(IDS, IDS, TorchLayout.full(2, 20))
     total.backward()
