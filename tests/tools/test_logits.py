@@ -20,15 +20,19 @@ from tests.core.torch.test_decoder_qwen1 import TRAINED, make_weights
 from tests.reference import qwen1_plain
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    for variant in ("gqa", "tied", "window", "yarn", "moe"):
-        make_pair(variant)[0].save_pretrained(root / variant)
+def save_models(root, layers: dict[str, int]):
+    """``root`` with a folder of each variant that ``layers`` names, and of the first generation."""
+    for variant, count in layers.items():
+        make_pair(variant, num_hidden_layers=count)[0].save_pretrained(root / variant)
     (root / "qwen1").mkdir()
     (root / "qwen1" / "config.json").write_text(json.dumps(QWEN1))
     save_file(make_weights(), root / "qwen1" / "model.safetensors")
     return root
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return save_models(tmp_path_factory.mktemp("models"), dict.fromkeys(("gqa", "tied", "window", "yarn", "moe"), 3))
 
 
 @pytest.fixture(scope="module")

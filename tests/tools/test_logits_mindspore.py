@@ -11,22 +11,30 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.core.torch.peers import make_pair, random_ids
+from tests.core.torch.peers import random_ids
 from tests.core.torch.test_decoder_qwen1 import CONFIG as QWEN1
 from tests.core.torch.test_decoder_qwen1 import TRAINED, make_weights
 from tests.reference import qwen1_plain
-from tests.tools.test_logits import logits, models, tool  # noqa: F401 (fixtures)
+from tests.tools.test_logits import logits, save_models, tool  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.slow
 NAME = ("--backend", "mindspore")
 
 
-@pytest.mark.parametrize("variant", ["tied", "window", "moe"])
-def test_logits_equal_transformers_whole_and_stepwise(tool, tmp_path, models, variant):  # noqa: F811
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """One layer where one shows it: every call of the program compiles its graphs."""
+    return save_models(tmp_path_factory.mktemp("models"), {"gqa": 1, "tied": 1, "window": 2, "moe": 1})
+
+
+@pytest.mark.parametrize(
+    ("variant", "calls"), [("tied", [()]), ("window", [("--prefill", 7)]), ("moe", [(), ("--prefill", 7)])]
+)
+def test_logits_equal_transformers_whole_and_stepwise(tool, tmp_path, models, variant, calls):  # noqa: F811
     ids = random_ids(2, 18)
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(models / variant)(ids).logits.numpy()
-    for options in ((), ("--prefill", 7)):
+    for options in calls:
         found = logits(tool, tmp_path, models / variant, *NAME, *options, input_ids=ids.numpy())
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
@@ -36,7 +44,7 @@ def test_padded_rows_equal_the_rows_alone(tool, tmp_path, models, prefill, monke
     """Left, right, a row that begins after the prompt; and rows in two forwards, the second filled up."""
     monkeypatch.setattr(tool, "TOKENS_AT_ONCE", 28)
     monkeypatch.setattr(tool, "LOGITS_AT_ONCE", 5 * 101)
-    theirs, ids = make_pair("gqa")[0], random_ids(3, 14)
+    theirs, ids = AutoModelForCausalLM.from_pretrained(models / "gqa"), random_ids(3, 14)
     mask = np.ones((3, 14), dtype=np.int64)
     mask[0, :8] = mask[1, 10:] = 0
     options = [] if prefill is None else ["--prefill", prefill]
