@@ -22,7 +22,7 @@ BASE = DecoderSpec(
 )
 KINDS = {
     "gqa": BASE,
-    "moe": replace(BASE, model_type="qwen2_moe", moe=MoeSpec(6, 2, 32, 48)),
+    "moe": replace(BASE, layers=1, model_type="qwen2_moe", moe=MoeSpec(6, 2, 32, 48)),
 }
 SLIDING = replace(
     BASE,
@@ -33,7 +33,14 @@ SLIDING = replace(
     tied=True,
 )
 QWEN = replace(
-    BASE, model_type="qwen", kv_heads=4, logn_attention=True, dynamic_ntk=True, train_length=16, rope_theta=10000.0
+    BASE,
+    layers=1,
+    model_type="qwen",
+    kv_heads=4,
+    logn_attention=True,
+    dynamic_ntk=True,
+    train_length=16,
+    rope_theta=10000.0,
 )
 PROMPTS = [[5, 9, 2, 77, 31, 8, 120], [4], [7, 7, 7, 11, 150, 3, 8, 9, 10, 42, 6, 1, 0, 198], [3, 2], [100, 101, 102]]
 

@@ -66,7 +66,7 @@ def _exported(ours, root, shapes: GraphShapes) -> Meta:
     ("spec", "shapes"),
     [
         (BASE, GraphShapes(LENGTH, batch=4)),
-        (BASE, GraphShapes(LENGTH, batch=4, paged=True, block_size=32, num_blocks=21)),
+        (replace(BASE, layers=1), GraphShapes(LENGTH, batch=4, paged=True, block_size=32, num_blocks=21)),
         (replace(BASE, layers=1), GraphShapes(LENGTH, batch=4, dynamic=True)),
         (replace(QWEN, layers=1), GraphShapes(LENGTH, batch=2, paged=True, block_size=16, num_blocks=18)),
     ],
