@@ -171,7 +171,7 @@ def _stages(cfg: Config, spec: DecoderSpec) -> str:
     stages, micro = cfg.parallel.pipeline, cfg.train.accumulation
     layers = Grid(pipeline=stages, stage_layers=tuple(cfg.parallel.stage_layers)).layers_per_stage(spec.layers)
     idle = (stages - 1) / (micro + stages - 1)
-    line = f"{stages} pipeline stages of {' '.join(map(str, layers))} layers, {micro} micro batches: idle {idle:.0%} of the time"
+    line = f"{stages} pipeline stages of {' + '.join(map(str, layers))} layers, {micro} micro batches: idle {idle:.0%} of the time"
     return line + (
         f"; train.accumulation={4 * stages} would be {(stages - 1) / (5 * stages - 1):.0%}" if idle > 0.2 else ""
     )
