@@ -99,13 +99,13 @@ def test_checkpoint_goes_on_in_the_other_backend(tmp_path, data, capsys, first):
 
 def test_accumulation_checkpointing_and_loss_scaling_do_not_change_the_training(tmp_path, data, capsys):
     """The scale begins where the sum of squared gradients is beyond float32, as fp16's does where a gradient is."""
-    train(config(steps=3, micro_batch=6), data, tmp_path / "one")
+    train(config(steps=3, micro_batch=6), data, tmp_path / "one", evaluates=False)
     for name, scale, settings in (
         ("accumulated", LossScale(), {"micro_batch": 2, "accumulation": 3, "checkpointing": "full"}),
         ("selective, scaled", LossScale(2.0**70), {"micro_batch": 6, "checkpointing": "selective"}),
     ):
         with RunFolder(tmp_path / name, task="finetune", model="case") as run:
-            trainer = build(config(steps=3, **settings), data, run)
+            trainer = build(config(steps=3, **settings), data, run, evaluates=False)
             trainer.loss_scale = scale
             trainer.fit()
         for (_, a), (_, b) in zip(_losses(tmp_path / "one"), _losses(tmp_path / name), strict=True):
@@ -119,7 +119,7 @@ def test_accumulation_checkpointing_and_loss_scaling_do_not_change_the_training(
 @pytest.mark.parametrize("what", ["weight", "gradient"])
 def test_non_finite_step_keeps_the_batch_and_makes_no_update(tmp_path, data, what):
     with RunFolder(tmp_path / "r", task="finetune", model="case") as run:
-        trainer = build(config(micro_batch=4), data, run, layers=1)
+        trainer = build(config(micro_batch=4), data, run, evaluates=False, layers=1)
         if what == "weight":
             weight = trainer.decoder.model.layers[0].mlp.up_proj.weight
             value = weight.asnumpy().copy()
@@ -146,12 +146,13 @@ folder, data = Path(sys.argv[1]), Path(sys.argv[2])
 def wait(model):
     (folder / "reached").touch()
     time.sleep(120)
-train(config(steps=8, save_every=2, async_save=True, sample_every=5, micro_batch=4), data, folder / "b", sample=wait)
+cfg = config(steps=8, save_every=2, async_save=True, sample_every=5, micro_batch=4)
+train(cfg, data, folder / "b", sample=wait, evaluates=False)
 """
 
 
 def test_kill_between_two_saves_then_resume_equals_the_uninterrupted_run(tmp_path, data, repo):
-    _, weights = train(config(steps=8, micro_batch=4), data, tmp_path / "a")
+    _, weights = train(config(steps=8, micro_batch=4), data, tmp_path / "a", evaluates=False)
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(data)]
     process = subprocess.Popen(command, cwd=repo, stderr=subprocess.PIPE, text=True)
     try:
@@ -162,7 +163,7 @@ def test_kill_between_two_saves_then_resume_equals_the_uninterrupted_run(tmp_pat
         process.send_signal(signal.SIGKILL)
         _, err = process.communicate()
     assert (tmp_path / "reached").exists() and (tmp_path / "b" / "lock").exists(), err[-2000:]
-    _, resumed = train(config(steps=8, micro_batch=4, resume=True), data, tmp_path / "b")
+    _, resumed = train(config(steps=8, micro_batch=4, resume=True), data, tmp_path / "b", evaluates=False)
     _same(weights, resumed)
     assert [step for step, _ in _losses(tmp_path / "b")] == list(range(1, 9))
 

@@ -34,14 +34,24 @@ def decoder(*, lora: LoraConfig | None = None, **changes) -> Decoder:
 
 
 def build(
-    cfg: Config, data: Path, folder: RunFolder, *, lora=None, world=None, sample=None, prepare=None, **changes
+    cfg: Config,
+    data: Path,
+    folder: RunFolder,
+    *,
+    lora=None,
+    world=None,
+    sample=None,
+    prepare=None,
+    evaluates: bool = True,
+    **changes,
 ) -> Trainer:
+    """``evaluates``: with held-out rows, whose loss takes a graph of its own."""
     if lora is not None:
         cfg.lora = lora
     model = decoder(lora=lora, **changes)
     if prepare is not None:
         prepare(model)
-    splits = PackedDataset(data / "train"), PackedDataset(data / "eval")
+    splits = PackedDataset(data / "train"), PackedDataset(data / "eval") if evaluates else None
     return Trainer(cfg, model, *splits, folder, world or World(), sample=sample)
 
 
