@@ -167,12 +167,18 @@ def _signal_group(pid: int, number: int) -> None:
 
 
 def _copy(source: BinaryIO, out, log: Path, prefix: str) -> None:
-    """Pass bytes on to the log and, without MindSpore's chatter, to the terminal as they come; with a prefix, line by line."""
-    quiet = Quiet(prefix.encode())
+    """Pass bytes on to the terminal as they come, without MindSpore's chatter and with a prefix line by line; to the log,
+    where stdout and stderr meet, in whole lines (one that begins anew with a carriage return counts as whole)."""
+    quiet, line = Quiet(prefix.encode()), b""
     with source, open(log, "ab", buffering=0) as file:
         for chunk in iter(lambda: source.read1(1 << 16), b""):
-            file.write(chunk)
+            line += chunk
+            whole = max(line.rfind(b"\n"), line.rfind(b"\r")) + 1
+            if whole:
+                file.write(line[:whole])
+                line = line[whole:]
             _show(out, quiet.pass_on(chunk))
+        file.write(line)
         _show(out, quiet.pass_on(b"", last=True))
 
 

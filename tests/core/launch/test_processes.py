@@ -85,7 +85,16 @@ def wait_for(path: Path) -> None:
 
 
 def test_output_of_the_first_rank_is_shown_and_of_the_others_kept(group, tmp_path):
-    done = group('print("hello from", rank); print("note", rank, file=sys.stderr)')
+    # The first one's in pieces: its log, where both streams meet, has whole lines all the same.
+    done = group(
+        """
+        print("hello", "from " if rank == 0 else f"from {rank}\\n", end="", flush=True)
+        time.sleep(0.2)
+        print("note", rank, file=sys.stderr, flush=True)
+        time.sleep(0.2)
+        print("0" if rank == 0 else "")
+        """
+    )
     out, err = done.communicate(timeout=60)
     assert done.returncode == 0
     assert out == "hello from 0\n" and err == "note 0\n"
