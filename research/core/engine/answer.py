@@ -12,7 +12,8 @@ class Answer:
 
     ``tokens`` are the prompt's and the answer's; keys and values of the first ``computed`` of them lie in ``blocks``.
     ``siblings`` are the answers that begin when this one's prompt is computed. ``root`` and ``prompt_length`` say what
-    its keys depend on beside the tokens (see :meth:`BlockPool.find`).
+    its keys depend on beside the tokens (see :meth:`BlockPool.find`). ``scored``: how many best tokens are wanted at each
+    place of the prompt beside its own (None: no log-probabilities of the prompt).
     """
 
     __slots__ = (
@@ -29,6 +30,7 @@ class Answer:
         "prompt_length",
         "root",
         "running",
+        "scored",
         "siblings",
         "state",
         "tokens",
@@ -43,11 +45,12 @@ class Answer:
         root: Hashable = None,
         adapter: int = 0,
         embed: bool = False,
+        scored: int | None = None,
     ):
         self.number, self.choice, self.priority = number, choice, priority
         self.key = (priority, number, choice)  # smaller ones go first and are preempted last
         self.tokens, self.prompt_length = list(prompt), len(prompt)
-        self.root, self.adapter, self.embed = root, adapter, embed
+        self.root, self.adapter, self.embed, self.scored = root, adapter, embed, scored
         self.computed, self.blocks, self.chain = 0, [], Chain(root, 0)
         self.cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first admission
         self.siblings: list[Answer] = []

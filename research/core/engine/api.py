@@ -28,7 +28,8 @@ class EngineRequest:
 
     ``stop``: texts that end an answer and are not part of it; ``stop_ids``: tokens that end it beside the model's own
     end tokens, which ``ignore_eos`` switches off. ``logprobs``: report each chosen token's log-probability and those of
-    so many best tokens (0: the chosen one only). ``adapter``: name of a loaded adapter. Smaller ``priority`` runs first;
+    so many best tokens (0: the chosen one only). ``prompt_logprobs``: the same of each token of the prompt but the first,
+    in the answer's first update; with ``max_new_tokens=0`` that is all. ``adapter``: name of a loaded adapter. Smaller ``priority`` runs first;
     among equals the oldest. ``logit_bias``: what is added to the logits of some tokens before all else that chooses.
     """
 
@@ -40,6 +41,7 @@ class EngineRequest:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     adapter: str | None = None
     priority: int = 0
     constraint: Constraint | None = None
@@ -58,7 +60,7 @@ class EmbedRequest:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural log-probability of a chosen token before temperature and filters, and the best tokens with theirs."""
+    """Natural log-probability of a chosen or given token before temperature and filters, and the best tokens with theirs."""
 
     token: int
     logprob: float
@@ -83,6 +85,7 @@ class Update:
     cached_tokens: int = 0
     embedding: Sequence[float] | None = None
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

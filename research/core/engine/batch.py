@@ -18,8 +18,9 @@ class StepPlan:
     """One forward: the next tokens of R rows, concatenated. Nothing but integers, so that it can be pickled and sent.
 
     ``contexts`` are the rows' lengths after this step, ``tables`` their blocks, ``sampled`` the rows whose last token's
-    logits are wanted, ``embedded`` those whose last hidden state is; ``copies`` are blocks (from, to) to copy before
-    anything is written. ``adapters`` has a slot number per row, 0 for none (None: nobody has one). ``prompt_lengths``:
+    logits are wanted, ``embedded`` those whose last hidden state is; ``scored`` the rows of which the log-probabilities of
+    ``targets`` are wanted behind their first tokens, and of the ``best`` likeliest ones; ``copies`` are blocks (from, to) to
+    copy before anything is written. ``adapters`` has a slot number per row, 0 for none (None: nobody has one). ``prompt_lengths``:
     what Qwen v1's dynamic NTK goes by, per row (None: no such model). ``greedy``: the caller needs nothing but each
     sampled row's best token. ``whole``: rows are whole texts of a model that is not causal, without cache and tables.
     """
@@ -30,6 +31,9 @@ class StepPlan:
     tables: list[list[int]]
     sampled: list[int]
     embedded: list[int] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
+    targets: list[list[int]] = field(default_factory=list)
+    best: int = 0
     copies: list[tuple[int, int]] = field(default_factory=list)
     adapters: list[int] | None = None
     prompt_lengths: list[int] | None = None
@@ -57,6 +61,8 @@ class StepPlan:
             tables=of(self.tables),
             sampled=[place[row] for row in self.sampled if row in place],
             embedded=[place[row] for row in self.embedded if row in place],
+            scored=[place[row] for row in self.scored if row in place],
+            targets=[targets for row, targets in zip(self.scored, self.targets) if row in place],
             copies=[],
             adapters=of(self.adapters),
             prompt_lengths=of(self.prompt_lengths),
@@ -89,6 +95,11 @@ class PagedBatch:
     @property
     def decode(self) -> bool:
         return self.longest_query == 1
+
+    def first_tokens(self, rows: list[int], counts: list[int]) -> list[int]:
+        """The numbers of the rows' first tokens, so many of each."""
+        begins = [self.ends[row] + 1 - self.queries[row] for row in rows]
+        return [token for begin, count in zip(begins, counts) for token in range(begin, begin + count)]
 
     def last_tokens(self, rows: list[int]) -> list[int]:
         """The numbers of the rows' last tokens among the step's."""

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 from research.core.config.schema import EngineConfig
 from research.core.engine.answer import Answer
-from research.core.engine.api import EmbedRequest, EngineRequest, FinishReason, Stats, Update
+from research.core.engine.api import EmbedRequest, EngineRequest, FinishReason, Stats, TokenLogprob, Update
 from research.core.engine.blocks import BlockPool
 from research.core.engine.choose import RowSampler, choose, logprob, numbers
 from research.core.engine.constraint import Grammars
 from research.core.engine.memory import count_blocks
-from research.core.engine.runner import ModelRunner
+from research.core.engine.runner import ModelRunner, Scores
 from research.core.engine.scheduler import Scheduler, Step
 from research.core.errors import ConfigError, UserError
 from research.core.generation.requests import Request, check_request
@@ -33,13 +33,14 @@ _log = logging.getLogger("research.engine")
 class AnswerState:
     """What the engine keeps of one answer beside its tokens."""
 
-    __slots__ = ("ends", "logprobs", "new", "normalize", "sampler", "text", "told")
+    __slots__ = ("ends", "logprobs", "new", "normalize", "prompt", "sampler", "text", "told")
 
     def __init__(self):
         self.new = 0  # tokens that may still come
-        self.told = False  # whether its prompt is counted in the engine's statistics
+        self.told = False  # whether its first update, which counts the prompt, has gone out
         self.normalize = False
         self.logprobs: int | None = None
+        self.prompt: list[TokenLogprob] = []  # of its tokens from the second on; one list for all answers to it
         self.ends: Collection[int] = ()
         self.sampler: RowSampler | None = None
         self.text: TextStream | None = None
@@ -109,13 +110,18 @@ class PagedEngine:
         root: tuple = () if adapter is None else (adapter.name, adapter.generation)
         if self.spec.dynamic_ntk:
             root += (float(ntk_alpha(len(request.prompt), self.spec.train_length)),)
+        scored = None if embed else request.prompt_logprobs
+        if scored is not None:
+            root += ("scored", number)  # every place is computed: no other text's blocks are used
+        slot = adapter.slot if adapter else 0
         answers = [
-            Answer(number, request.prompt, request.priority, choice, root, adapter.slot if adapter else 0, embed)
+            Answer(number, request.prompt, request.priority, choice, root, slot, embed, scored)
             for choice in range(1 if embed else request.n)
         ]
         for answer in answers:
             answer.state = self._embedding(request) if embed else self._answering(request, answer.choice)
-        if new == 0 and not embed:
+            answer.state.prompt = answers[0].state.prompt
+        if new == 0 and not embed and scored is None:
             self._ready += [self._last_update(answer, "length") for answer in answers]
             return number
         answers[0].siblings = answers[1:]
@@ -142,8 +148,10 @@ class PagedEngine:
             raise UserError(
                 f"token id {outside} does not exist in the model: it has {self.spec.vocab}", where="logit_bias"
             )
-        if request.logprobs is not None and request.logprobs < 0:
-            raise UserError(f"logprobs={request.logprobs}", where="the request", hint="0 or more")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(request, name)
+            if count is not None and count < 0:
+                raise UserError(f"{name}={count}", where="the request", hint="0 or more")
 
     def _find_adapter(self, name: str | None) -> Any:
         if self._loaded is not None:
@@ -193,6 +201,8 @@ class PagedEngine:
         )
         try:
             output = self.runner.execute(step.plan)
+            for (answer, _, begin), scores in zip(step.scored, output.scores):
+                answer.state.prompt[begin : begin + len(scores.targets)] = _of_prompt(answer, begin, scores)
             if step.sampled:
                 self._drop_infinite(step, output.logits, updates)
                 chosen = choose(output.logits, [a.state.sampler for a, _ in step.sampled], [r for _, r in step.sampled])
@@ -219,6 +229,8 @@ class PagedEngine:
     def _take(self, answer: Answer, token: int, logits_V: torch.Tensor) -> Update:
         """One more token of ``answer``: its text, and whether it ends here."""
         state = answer.state
+        if state.new == 0:  # the prompt's log-probabilities are all that was asked for
+            return self._only_prompt(answer)
         answer.tokens.append(token)
         state.new -= 1
         self._new_tokens += 1
@@ -232,11 +244,8 @@ class PagedEngine:
             finish = "length"
         if finish is not None:
             text += state.text.flush()
-        if not state.told:
-            state.told = True
-            if answer.choice == 0:
-                self._prompt_tokens += answer.prompt_length
-                self._cached_tokens += answer.cached_tokens
+        prompt = () if state.told else tuple(state.prompt)
+        self._tell(answer)
         update = Update(
             answer.number,
             answer.choice,
@@ -246,9 +255,23 @@ class PagedEngine:
             finish,
             answer.prompt_length,
             answer.cached_tokens,
+            prompt_logprobs=prompt,
         )
         if finish is not None:
             self._end(answer)
+        return update
+
+    def _tell(self, answer: Answer) -> None:
+        """Count the prompt, once."""
+        if not answer.state.told and answer.choice == 0:
+            self._prompt_tokens += answer.prompt_length
+            self._cached_tokens += answer.cached_tokens
+        answer.state.told = True
+
+    def _only_prompt(self, answer: Answer) -> Update:
+        self._tell(answer)
+        update = replace(self._last_update(answer, "length"), prompt_logprobs=tuple(answer.state.prompt))
+        self._end(answer)
         return update
 
     def _embedded(self, step: Step, hidden_EH: torch.Tensor) -> list[Update]:
@@ -316,6 +339,16 @@ class PagedEngine:
         if close is not None:
             close()
         self.runner = None
+
+
+def _of_prompt(answer: Answer, begin: int, scores: Scores) -> list[TokenLogprob]:
+    """The prompt's tokens behind place ``begin``, with as many others as the request wants."""
+    targets = answer.tokens[begin + 1 : begin + 1 + len(scores.targets)]
+    best, tokens = scores.best[:, : answer.scored].tolist(), scores.tokens[:, : answer.scored].tolist()
+    return [
+        TokenLogprob(token, value, tuple(zip(ids, values)))
+        for token, value, ids, values in zip(targets, scores.targets.tolist(), tokens, best)
+    ]
 
 
 def check_settings(settings: EngineConfig, decoder: Decoder) -> EngineConfig:

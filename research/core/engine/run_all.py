@@ -20,6 +20,7 @@ class Answered:
     text: str = ""
     reason: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     embedding: Sequence[float] | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -66,6 +67,7 @@ def _take(answer: Answered, update: Update) -> bool:
     answer.ids += update.tokens
     answer.text += update.text
     answer.logprobs += update.logprobs
+    answer.prompt_logprobs += update.prompt_logprobs
     answer.embedding = update.embedding or answer.embedding
     answer.prompt_tokens, answer.cached_tokens = update.prompt_tokens, update.cached_tokens
     if update.finish == "error":

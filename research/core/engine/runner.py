@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +19,26 @@ from research.core.torch.decoder import Decoder
 from research.core.torch.layout import Layout
 from research.core.torch.tensor_parallel import PartHead
 
+_SCORED_TOGETHER = 64  # places of a prompt whose logits lie in memory at one time
+
 
 @dataclass
 class StepOutput:
     """Of the plan's ``sampled`` rows float32 logits [S, V] (or, with ``greedy``, perhaps only the best tokens [S], int64),
-    of its ``embedded`` rows float32 hidden states [E, H] after the final norm; None where there are no such rows."""
+    of its ``embedded`` rows float32 hidden states [E, H] after the final norm; None where there are no such rows. Of its
+    ``scored`` rows, in order, the :class:`Scores`."""
 
     logits: Tensor | None = None
     hidden: Tensor | None = None
+    scores: list[Scores] = field(default_factory=list)
+
+
+class Scores(NamedTuple):
+    """Float32 log-probabilities of T targets [T], and of the likeliest tokens [T, B] with these (int64), the best first."""
+
+    targets: Tensor
+    best: Tensor
+    tokens: Tensor
 
 
 class ModelRunner:
@@ -70,7 +82,7 @@ class ModelRunner:
         batch = PagedBatch.of(plan, self.block_size, self.device)
         if self._native_step is not None and not adapted:
             return self._run_native(plan, batch)
-        if self._graphs is not None and plan.decode and not adapted and not plan.embedded:
+        if self._graphs is not None and plan.decode and not adapted and not plan.embedded and not plan.scored:
             logits_RV = self._graphs(plan, batch)
             return StepOutput(logits_RV if plan.sampled == list(range(len(logits_RV))) else logits_RV[plan.sampled])
         hidden_NH = self._forward(plan, batch)
@@ -84,12 +96,27 @@ class ModelRunner:
             output.logits = head.best(rows) if short else self.decoder.logits(rows).float()
         if plan.embedded:
             output.hidden = hidden_NH[ends[plan.embedded]].float()
+        if plan.scored:
+            output.scores = self._score(plan, hidden_NH[batch.first_tokens(plan.scored, list(map(len, plan.targets)))])
         return output
+
+    def _score(self, plan: StepPlan, hidden_TH: Tensor) -> list[Scores]:
+        """What the plan's targets are likely to be behind ``hidden_TH``, the logits of a few places at a time."""
+        counts = list(map(len, plan.targets))
+        targets_T = torch.tensor([t for targets in plan.targets for t in targets], device=hidden_TH.device)
+        found = []
+        for rows_sH, targets_s in zip(hidden_TH.split(_SCORED_TOGETHER), targets_T.split(_SCORED_TOGETHER)):
+            logits_sV = self.decoder.logits(rows_sH).float()
+            total_s = torch.logsumexp(logits_sV, -1)
+            values, tokens = logits_sV.topk(min(plan.best, logits_sV.shape[-1]))
+            found.append((logits_sV.gather(1, targets_s[:, None])[:, 0] - total_s, values - total_s[:, None], tokens))
+        parts = [torch.cat(part).split(counts) for part in zip(*found)]
+        return [Scores(*row) for row in zip(*parts)]
 
     def _apart(self, plan: StepPlan) -> StepOutput:
         """The native step knows no adapters: it computes the rows without one, to the bit as if they were alone, and
         torch's operators the others."""
-        output = StepOutput()
+        output, scores = StepOutput(), {}
         for adapted in (False, True):
             rows = [row for row, slot in enumerate(plan.adapters) if bool(slot) == adapted]
             done = self.execute(plan.part(rows))
@@ -102,6 +129,8 @@ class ModelRunner:
                     if getattr(output, name) is None:
                         setattr(output, name, part.new_empty(len(wanted), *part.shape[1:]))
                     getattr(output, name)[[place for place, row in enumerate(wanted) if row in inside]] = part
+            scores |= zip((row for row in plan.scored if row in inside), done.scores)
+        output.scores = [scores[row] for row in plan.scored]
         return output
 
     def _forward(self, plan: StepPlan, batch: PagedBatch) -> Tensor:
@@ -116,13 +145,18 @@ class ModelRunner:
         rope = None
         if step.needs_rope:
             rope = self.decoder.rope(self._layout(plan, batch), self.dtype, self.cache)
-        if plan.embedded:
+        if plan.embedded or plan.scored:
             # The kernel gives logits or hidden states: where both are wanted, the head is applied here.
-            rows = plan.sampled + plan.embedded
-            hidden = step.hidden(plan.tokens, batch, batch.last_tokens(rows), rope)
-            output.hidden = hidden[len(plan.sampled) :]
+            scored = batch.first_tokens(plan.scored, list(map(len, plan.targets)))
+            wanted = batch.last_tokens(plan.sampled + plan.embedded)
+            hidden = step.hidden(plan.tokens, batch, [*wanted, *scored], rope)
+            sampled, embedded, scored = hidden.split([len(plan.sampled), len(plan.embedded), len(scored)])
             if plan.sampled:
-                output.logits = self.decoder.logits(hidden[: len(plan.sampled)].to(self.dtype)).float()
+                output.logits = self.decoder.logits(sampled.to(self.dtype)).float()
+            if plan.embedded:
+                output.hidden = embedded
+            if plan.scored:
+                output.scores = self._score(plan, scored.to(self.dtype))
         elif plan.greedy:
             output.logits = step.best(plan.tokens, batch, batch.last_tokens(plan.sampled), rope)
         else:

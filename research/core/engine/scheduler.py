@@ -8,7 +8,7 @@ later, mostly from the prefix cache.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from research.core.engine.answer import Answer
 from research.core.engine.batch import StepPlan
@@ -18,11 +18,13 @@ from research.core.engine.blocks import BlockPool
 @dataclass
 class Step:
     """A plan and whose it is: ``sampled`` has the answers that want a token, each with its row of the logits;
-    ``embedded`` the texts whose rows of hidden states are wanted, in order."""
+    ``embedded`` the texts whose rows of hidden states are wanted, in order; ``scored`` the answers whose prompt's
+    log-probabilities are, in order, each with its row and the first place of the prompt in it."""
 
     plan: StepPlan
     sampled: list[tuple[Answer, int]]
     embedded: list[Answer]
+    scored: list[tuple[Answer, int, int]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -70,6 +72,11 @@ class Scheduler:
         step = Step(StepPlan([], [], [], [], []), [], [])
         left = self._plan_decoding(step, self.max_tokens)
         self._plan_prompts(step, left)
+        for answer, row, begin in step.scored:
+            step.plan.scored.append(row)
+            end = min(begin + step.plan.queries[row] + 1, answer.prompt_length)
+            step.plan.targets.append(answer.tokens[begin + 1 : end])
+            step.plan.best = max(step.plan.best, answer.scored)
         return step if step.plan.tokens else None
 
     # --- the three kinds of rows -------------------------------------------------------------------------------
@@ -169,6 +176,8 @@ class Scheduler:
             if plan.prompt_lengths is None:
                 plan.prompt_lengths = []
             plan.prompt_lengths.append(answer.prompt_length)
+        if answer.scored is not None and begin < answer.prompt_length - 1:
+            step.scored.append((answer, len(plan.queries) - 1, begin))
         self._computed(answer, begin + count)
         if answer.missing == 0:
             self._want(step, answer, len(plan.queries) - 1)

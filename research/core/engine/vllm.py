@@ -147,6 +147,9 @@ class VllmEngine:
         if embed != self._embedding:
             kind = "an embedding model: it gives no text" if self._embedding else "opened to answer, not to embed"
             raise UserError(f"this model is {kind}", where="the request", hint="--is_embedding_model says which")
+        if not embed and request.prompt_logprobs is not None:
+            hint = "mode=vllm tells them of an answer only; the engine of this repository (mode=paged) tells both"
+            raise UserError("log-probabilities of a prompt are not told", where="the request", hint=hint)
         adapter, number = self._lora(request.adapter), next(self._numbers)
         count = 1 if embed else request.n
         if not embed and new == 0:

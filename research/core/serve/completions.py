@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from research.core.engine.api import EngineRequest, TokenLogprob
+from research.core.engine.api import EngineRequest, Update
 from research.core.serve.errors import bad
 from research.core.serve.events import DONE, EventStream, event, merged
 from research.core.serve.fields import bias_of, choices_of, constraint_of, sampling_of, stop_of
@@ -46,8 +46,9 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     n = choices_of(body, service)
     if body.best_of is not None and body.best_of != n:
         raise bad("best_of", f"every answer is returned here: it is n ({n}), or left out")
-    if body.echo and body.logprobs is not None:
-        raise bad("logprobs", "of a prompt are not computed: leave echo or logprobs out")
+    scored = body.echo and body.logprobs is not None
+    if scored and body.suffix is not None:
+        raise bad("logprobs", "of a text that is filled in are not told: leave echo, suffix or logprobs out")
     prompts = await _prompts(service, body)
     nothing = body.max_tokens == 0
     if nothing and (not body.echo or body.stream):
@@ -68,6 +69,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
             stop_ids=ends,
             ignore_eos=body.ignore_eos,
             logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if scored else None,
             adapter=adapter,
             priority=body.priority,
             constraint=constraint_of(body),
@@ -77,8 +79,12 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     ]
     head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
     head["model"] = body.model or service.served.name
-    answers = [Answer(service, prompt.text if body.echo else "") for prompt in prompts for _ in range(n)]
-    if nothing:
+    answers = [
+        Answer(service, prompt.text if body.echo else "", prompt.ids if scored else ())
+        for prompt in prompts
+        for _ in range(n)
+    ]
+    if nothing and not scored:
         return JSONResponse({**head, **_only_echo(answers, requests)})
     work = await service.submit(request, requests)
     if service.settings.log_prompts:
@@ -118,27 +124,38 @@ def _only_echo(answers: list[Answer], requests: list[EngineRequest]) -> dict[str
 
 @dataclass
 class Answer:
-    """One choice, taken together from its updates; ``echo`` stands in front of it."""
+    """One choice, taken together from its updates; ``echo`` stands in front of it, with the log-probabilities of the ids
+    ``scored``, if there are any."""
 
     service: Service
     echo: str
+    scored: Sequence[int] = ()
     text: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: dict[str, list] | None = None
     finish: str | None = None
 
     def __post_init__(self):
-        self.lists = CompletionLogprobs(self.service.tokenizer, len(self.echo))
+        self._lists = CompletionLogprobs(self.service.tokenizer, 0 if self.scored else len(self.echo))
 
-    def take(self, update) -> None:
+    def take(self, update: Update) -> None:
         self.text.append(update.text)
-        self.logprobs += update.logprobs
+        for column, values in (self.lists(update) or {}).items():
+            self.logprobs = self.logprobs or {}
+            self.logprobs.setdefault(column, []).extend(values)
         if update.finish is not None:
             self.finish = _FINISH[update.finish]
 
+    def lists(self, update: Update) -> dict[str, list] | None:
+        """The log-probabilities that an update brings, with the first one those of the prompt."""
+        parts = [self._lists.first(self.scored[0])] if self.scored else []
+        self.scored = ()
+        tokens = update.prompt_logprobs + update.logprobs
+        parts += [self._lists.lists(tokens)] if tokens else []
+        return {column: [v for part in parts for v in part[column]] for column in parts[0]} if parts else None
+
     def choice(self, index: int) -> dict[str, Any]:
-        logprobs = self.lists.lists(self.logprobs) if self.logprobs else None
         text = self.echo + "".join(self.text)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self.finish}
+        return {"index": index, "text": text, "logprobs": self.logprobs, "finish_reason": self.finish}
 
 
 async def _chunks(
@@ -149,18 +166,21 @@ async def _chunks(
         usage = {"usage": work.usage() if options.continuous_usage_stats else None} if options.include_usage else {}
         return event({**head, "choices": [choice], **usage})
 
+    late = [bool(answer.scored) for answer in answers]  # their prompt comes with its log-probabilities
     for index, answer in enumerate(answers):
-        if answer.echo:
+        if answer.echo and not late[index]:
             yield chunk(index, answer.echo)
     async for batch in work.batches():
         out = []
         for prompt, update in merged(batch):
             index = prompt * n + update.choice
             answer = answers[index]
-            logprobs = answer.lists.lists(update.logprobs) if update.logprobs else None
+            text = (answer.echo if late[index] else "") + update.text
+            late[index] = False
+            logprobs = answer.lists(update)
             finish = _FINISH[update.finish] if update.finish is not None else None
-            if update.text or logprobs or finish:
-                out.append(chunk(index, update.text, logprobs, finish))
+            if text or logprobs or finish:
+                out.append(chunk(index, text, logprobs, finish))
         if out:
             yield b"".join(out)
     if options.include_usage:

@@ -42,6 +42,7 @@ def merged(batch: Sequence[Arrived]) -> Iterator[tuple[int, Update]]:
                 tokens=tuple(token for update in updates for token in update.tokens),
                 text="".join([update.text for update in updates]),
                 logprobs=tuple(one for update in updates for one in update.logprobs),
+                prompt_logprobs=updates[0].prompt_logprobs,
             ),
         )
 

@@ -46,5 +46,11 @@ class CompletionLogprobs:
             self._offset += len(text)
         return lists
 
+    def first(self, token: int) -> dict[str, list]:
+        """Lists for a text's first token, which follows nothing and has no probability."""
+        text, offset = self._text(token), self._offset
+        self._offset += len(text)
+        return {"tokens": [text], "token_logprobs": [None], "top_logprobs": [None], "text_offset": [offset]}
+
     def _text(self, token: int) -> str:
         return self._tokenizer.token_bytes(token).decode("utf-8", "replace")

@@ -245,7 +245,7 @@ class TgiParameters(Fields):
 
     adapter_id: str | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-    decoder_input_details: Literal[False] = False
+    decoder_input_details: bool = False
     details: bool = False
     do_sample: bool = False
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None

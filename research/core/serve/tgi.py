@@ -33,7 +33,7 @@ async def generate(request: Request, body: TgiRequest) -> Response:
         answer.take(update)
     result: dict[str, Any] = {"generated_text": answer.text()}
     if body.parameters.details:
-        result["details"] = answer.details() | {"tokens": answer.tokens, "prefill": []}
+        result["details"] = answer.details() | {"tokens": answer.tokens, "prefill": answer.prefill()}
         if body.parameters.top_n_tokens:
             result["details"]["top_tokens"] = answer.top
     return JSONResponse(result)
@@ -44,6 +44,8 @@ async def generate_stream(request: Request, body: TgiRequest) -> Response:
     """A text continued, one event for each token."""
     if body.parameters.return_full_text:
         raise bad("parameters.return_full_text", "is not possible in a stream")
+    if body.parameters.decoder_input_details:
+        raise bad("parameters.decoder_input_details", "is not possible in a stream")
     work, engine_request = await _submit(request, body)
     answer = _Answer(request.app.state.service, body, engine_request)
     return EventStream(work, _events(work, answer, bool(body.parameters.top_n_tokens)), tgi_payload)
@@ -87,6 +89,7 @@ async def _submit(request: Request, body: TgiRequest) -> tuple[Work, EngineReque
         ),
         stop=tuple(asked.stop),
         logprobs=asked.top_n_tokens or 0,
+        prompt_logprobs=0 if asked.decoder_input_details else None,
         adapter=adapter,
         constraint=_constraint(asked.grammar),
     )
@@ -133,9 +136,11 @@ class _Answer:
         self.tokens: list[dict[str, Any]] = []
         self.top: list[list[dict[str, Any]]] = []
         self.finish: str | None = None
+        self._prompt: tuple[TokenLogprob, ...] = ()
 
     def take(self, update: Update) -> None:
         self._text.append(update.text)
+        self._prompt += update.prompt_logprobs
         for place, token in enumerate(update.tokens):
             known = update.logprobs[place] if place < len(update.logprobs) else TokenLogprob(token, 0.0)
             # A step's text is complete with its last token.
@@ -153,6 +158,14 @@ class _Answer:
 
     def text(self) -> str:
         return "".join(self._text)
+
+    def prefill(self) -> list[dict[str, Any]]:
+        """The prompt's tokens with their log-probabilities, where they were asked for; the first has none."""
+        if self._request.prompt_logprobs is None:
+            return []
+        first = self._request.prompt[0]
+        known = [(first, None), *((one.token, max(float(one.logprob), -9999.0)) for one in self._prompt)]
+        return [{"id": id, "text": self._tokenizer.decode([id]), "logprob": value} for id, value in known]
 
     def details(self) -> dict[str, Any]:
         return {

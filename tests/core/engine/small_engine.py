@@ -48,6 +48,7 @@ class Answer:
         self.tokens: list[int] = []
         self.text = ""
         self.logprobs: list = []
+        self.prompt: list = []
         self.last: Update | None = None
 
     def add(self, update: Update) -> None:
@@ -55,6 +56,7 @@ class Answer:
         self.tokens += update.tokens
         self.text += update.text
         self.logprobs += update.logprobs
+        self.prompt += update.prompt_logprobs
         if update.finish is not None:
             self.last = update
 

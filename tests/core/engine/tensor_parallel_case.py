@@ -95,11 +95,13 @@ def embeddings(engine) -> list:
 
 
 def drawn(engine) -> list:
-    """Tokens drawn at random, with log-probabilities: needs everybody's logits."""
+    """Tokens drawn at random, with log-probabilities, the prompt's too: needs everybody's logits."""
     sampling = Sampling(temperature=0.9, top_k=50, seed=11)
-    request = EngineRequest(tuple(prompts(engine.spec.vocab)[1]), sampling, NEW, logprobs=2, adapter="one")
+    prompt = tuple(prompts(engine.spec.vocab)[1])
+    request = EngineRequest(prompt, sampling, NEW, logprobs=2, prompt_logprobs=0, adapter="one")
     answer = run_all(engine, [request])[0]
-    return [answer.ids, [token.logprob for token in answer.logprobs]]
+    assert len(answer.prompt_logprobs) == len(prompt) - 1
+    return [answer.ids, [token.logprob for token in answer.prompt_logprobs + answer.logprobs]]
 
 
 def refused(engine, folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import peft
 import pytest
@@ -304,6 +305,17 @@ def test_base_requests_have_the_same_bits_beside_adapters_as_alone(base):
             assert (beside[2 * place].ids, beside[2 * place].logprobs) == (answer.ids, answer.logprobs)
         assert [answer.ids for answer in beside[1::2]] == [answer.ids for answer in adapted]
         assert alone[0].ids != adapted[0].ids
+    # Prompts are scored over torch's products, whose last bits depend on the number of rows: 1/256 of logits up to 2.
+    both = [[replace(r, prompt_logprobs=0) for r in requests(name, True)] for name in (None, "wide")]
+    alone = [run_all(engine, some) for some in both]
+    beside = run_all(engine, [request for pair in zip(*both) for request in pair])
+    for place, answer in enumerate(beside):
+        expected = alone[place % 2][place // 2]
+        values, others = ([one.logprob for one in it.prompt_logprobs] for it in (answer, expected))
+        assert answer.ids == expected.ids and len(values) == len(IDS[0]) - 1
+        assert values == pytest.approx(others, abs=0.03)
+    pairs = zip(alone[0][0].prompt_logprobs, alone[1][0].prompt_logprobs)
+    assert max(abs(plain.logprob - adapted.logprob) for plain, adapted in pairs) > 0.06
 
 
 @torch.no_grad()

@@ -219,6 +219,34 @@ def test_logprobs_are_those_of_the_plain_logits(decoder):
     assert [entry.top for entry in silent.logprobs] == [(), ()]
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_logprobs_of_a_prompt_are_those_of_the_plain_logits(decoder, native):
+    """In chunks beside other rows, given up half-way for an older answer, of a text whose prefix is known, and of one token."""
+    running = engine(decoder, native_step=native, max_tokens_per_step=12, num_blocks=8)
+    cases = [  # prompt, new tokens, best tokens at each place
+        (_prompt(14, 5), 30, None),
+        (_prompt(100), 0, 3),
+        (_prompt(70, 1), 4, None),
+        (_prompt(100), 3, 0),
+        (_prompt(1), 2, 2),
+    ]
+    answers = run(running, [EngineRequest(p, max_new_tokens=n, prompt_logprobs=c) for p, n, c in cases])
+    assert running.stats().total_preemptions > 0 and nothing_leaked(running)
+    for (prompt, new, count), answer in zip(cases, answers):
+        assert len(answer.tokens) == new and answer.last.cached_tokens == 0
+        if count is None:
+            assert answer.prompt == []
+            continue
+        assert [entry.token for entry in answer.prompt] == list(prompt[1:])
+        with torch.inference_mode():
+            rows = decoder(torch.tensor([prompt]))[0].log_softmax(-1)
+        for entry, row in zip(answer.prompt, rows):
+            values, ids = row.topk(count)
+            assert entry.logprob == pytest.approx(float(row[entry.token]), abs=1e-4)
+            assert [token for token, _ in entry.top] == ids.tolist()
+            assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -341,6 +369,7 @@ WRONG = [
     (EngineRequest((1,), max_new_tokens=1, n=0), "n=0"),
     (EngineRequest((1,), max_new_tokens=1, n=129), "engine.max_batch"),
     (EngineRequest((1,), max_new_tokens=1, logprobs=-1), "logprobs=-1"),
+    (EngineRequest((1,), max_new_tokens=1, prompt_logprobs=-1), "prompt_logprobs=-1"),
     (EngineRequest((1,), max_new_tokens=1, adapter="french"), "french"),
     (EngineRequest((1,), max_new_tokens=1, constraint=Constraint("regex", "(((")), "unclosed group"),
     (EngineRequest((1,), max_new_tokens=1, constraint=Constraint("json_schema", {"type": "obj"})), "obj"),

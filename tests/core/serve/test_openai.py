@@ -250,7 +250,7 @@ USER = [{"role": "user", "content": "x"}]
         ("chat/completions", {"messages": USER, "response_format": {"type": "json_schema"}}, "response_format"),
         ("completions", {"prompt": ""}, "prompt"),
         ("completions", {"prompt": [99999]}, "prompt"),
-        ("completions", {"prompt": "x", "echo": True, "logprobs": 1}, "logprobs"),
+        ("completions", {"prompt": "x", "suffix": "y", "echo": True, "logprobs": 1}, "logprobs"),
         ("completions", {"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias"),
         ("chat/completions", {"messages": USER, "logit_bias": {"3": 101}}, "logit_bias"),
         ("completions", {"prompt": "x", "stream_options": {"include_usage": True}}, None),

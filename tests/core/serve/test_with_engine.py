@@ -12,12 +12,13 @@ from dataclasses import replace
 import numpy as np
 import openai
 import pytest
+import torch
 
 from research.core.config.schema import EngineConfig
 from research.core.engine.engine import PagedEngine
 from research.core.text.builtin import builtin_tokenizer
 from tests.core.engine.small_engine import SPEC, random_decoder
-from tests.core.serve.plain_http import open_socket, request_bytes, until
+from tests.core.serve.plain_http import open_socket, post, request_bytes, until
 
 MODEL = "qwen2_5_tiny"
 
@@ -103,6 +104,33 @@ def test_constrained_answers_embeddings_and_logprobs_of_the_engine(client):
     for one in content:
         assert one.logprob == pytest.approx(one.top_logprobs[0].logprob, abs=1e-5) and one.logprob < 0
         assert sum(math.exp(top.logprob) for top in one.top_logprobs) <= 1
+
+
+def test_prompts_are_scored_over_every_interface(server, client):
+    text, engine = "The cat sat on the 猫.", server.service.served.engine
+    ids = engine.tokenizer.encode(text)
+    with torch.inference_mode():
+        rows = engine.runner.decoder(torch.tensor([ids]))[0].log_softmax(-1)
+    expected = [None, *(pytest.approx(float(row[token]), abs=1e-4) for row, token in zip(rows, ids[1:]))]
+    fields = {"model": MODEL, "echo": True, "logprobs": 2, "temperature": 0}
+    for prompts in ([text, text], [ids]):  # the second time from the start, too
+        scored = client.completions.create(prompt=prompts, max_tokens=0, **fields)
+        assert scored.usage.completion_tokens == 0 and {one.text for one in scored.choices} == {text}
+        for one in scored.choices:
+            assert one.logprobs.token_logprobs == expected and one.finish_reason == "length"
+            assert one.logprobs.text_offset[:2] == [0, len(one.logprobs.tokens[0])]
+            assert one.logprobs.top_logprobs[0] is None and len(one.logprobs.top_logprobs[1]) == 2
+    # As a program that scores asks: one token more, by which the best is known.
+    whole = client.completions.create(prompt=text, max_tokens=3, **fields).choices[0]
+    assert whole.logprobs.token_logprobs[: len(ids)] == expected and len(whole.logprobs.tokens) == len(ids) + 3
+    pieces = [piece.choices[0] for piece in client.completions.create(prompt=text, max_tokens=3, stream=True, **fields)]
+    assert "".join(piece.text for piece in pieces) == whole.text
+    streamed = [value for piece in pieces if piece.logprobs for value in piece.logprobs.token_logprobs]
+    assert streamed[0] is None and streamed[1:] == pytest.approx(whole.logprobs.token_logprobs[1:], abs=1e-4)
+
+    asked = {"inputs": text, "parameters": {"details": True, "decoder_input_details": True, "max_new_tokens": 2}}
+    prefill = post(server, "/generate", asked)[2]["details"]["prefill"]
+    assert [one["id"] for one in prefill] == ids and [one["logprob"] for one in prefill] == expected
 
 
 def test_a_shared_prefix_is_computed_once_and_leaving_clients_give_their_blocks_back(server, client):
