@@ -6,10 +6,11 @@
 
 #include <memory>
 #include <mutex>
+#include <type_traits>
 
 #include "paged_attention.h"
 #include "parallel.h"
-#include "products.h"
+#include "tiles.h"
 
 namespace {
 
@@ -17,7 +18,8 @@ namespace {
 enum { NORM_1, Q, Q_BIAS, K, K_BIAS, V, V_BIAS, O, NORM_2, GATE, UP, DOWN, PER_LAYER };
 enum { EMBEDDING, LAST_NORM, HEAD };
 
-constexpr int64_t FEW = 16;  // inputs of a product that takes less time than to read its weights
+// Inputs of a product that takes less time than to read its weights, and inputs of one task.
+constexpr int64_t FEW = 16, FEW_ON_TILES = 32, HEIGHT = 144;
 
 struct Sizes {  // in the order of PagedStep.SIZES
     int64_t layers, hidden, heads, kv_heads, dim, ffn, vocab;
@@ -50,8 +52,9 @@ class Forward {
         const int64_t n = s.tokens;
         values_.reset(new T[n * (s.hidden + qkv_stride_)]);
         x_ = values_.get(), qkv_ = x_ + n * s.hidden;
-        inputs_.reset(new X[n * (hidden_stride_ + std::max(out_stride_, ffn_stride_))]);
-        normed_ = inputs_.get(), out_ = act_ = normed_ + n * hidden_stride_;  // one is used before the other
+        const int64_t groups = (n + LANES - 1) / LANES * LANES;  // tiles hold whole ones
+        inputs_.reset(new X[groups * (hidden_stride_ + std::max(out_stride_, ffn_stride_))]);
+        normed_ = inputs_.get(), out_ = act_ = normed_ + groups * hidden_stride_;  // one is used before the other
         if (step.best) best_.assign(s.wanted, {-INFINITY, -1});
     }
 
@@ -59,28 +62,34 @@ class Forward {
 #pragma omp parallel num_threads(threads_)
         {
             Own own;
+            const Tiles tiles(tiled_);
             embed();
             for (int64_t layer = 0; layer < s_.layers; layer++) {
                 Tasks* tasks = tasks_.get() + layer * 5;
                 barrier_.wait();
                 norm(address<T>(layer, NORM_1));
+                arrange(s_.tokens, normed_, hidden_stride_, own);
                 barrier_.wait();
                 project(layer, own, tasks[0]);
                 barrier_.wait();
                 rotate_and_keep(layer);
                 barrier_.wait();
                 attend(layer, own, tasks[1]);
+                arrange(s_.tokens, out_, out_stride_, own);
                 barrier_.wait();
                 add_product(address<T>(layer, O), s_.heads * s_.dim, out_, out_stride_, own, tasks[2]);
                 barrier_.wait();
                 norm(address<T>(layer, NORM_2));
+                arrange(s_.tokens, normed_, hidden_stride_, own);
                 barrier_.wait();
                 gate(layer, own, tasks[3]);
+                arrange(s_.tokens, act_, ffn_stride_, own);
                 barrier_.wait();
                 add_product(address<T>(layer, DOWN), s_.ffn, act_, ffn_stride_, own, tasks[4]);
             }
             barrier_.wait();
             last_norm();
+            arrange(s_.wanted, normed_, hidden_stride_, own);
             barrier_.wait();
             if (step_.logits || step_.best) head(own, tasks_[s_.layers * 5]);
         }
@@ -91,6 +100,7 @@ class Forward {
     struct Own {  // a thread's
         ProductScratch<T> products;
         std::vector<float> attention;
+        std::vector<X> arranging;
     };
     struct Best {
         float value;
@@ -120,7 +130,6 @@ class Forward {
     template <int WEIGHTS, class At, class Done>
     void products(int64_t rows, int64_t width, int64_t run, int64_t k, const X* x, int64_t stride, Own& own, Tasks& tasks,
                   At at, Done done) const {
-        constexpr int64_t HEIGHT = 144;
         const int64_t heights = (rows + HEIGHT - 1) / HEIGHT;
         int64_t columns = PANEL;
         if (run % columns || (width + columns - 1) / columns * heights < 6 * threads_) columns = LANES;
@@ -131,13 +140,22 @@ class Forward {
             const T *w[WEIGHTS], *next[WEIGHTS] = {};
             at(first, w);
             if (goes_on && first + 2 * columns <= width) at(first + columns, next);
-            const float* results = product_task<T, WEIGHTS>(height, k, x + top * stride, stride, w, next, count, own.products);
+            const X* inputs = x + top * stride;
+            const float* results = tiled_ ? tiles_task(height, k, inputs, stride, w, next, count, own.products)
+                                          : product_task<T, WEIGHTS>(height, k, inputs, stride, w, next, count, own.products);
             for (int64_t r = 0; r < height; r++)
                 done(top + r, first, count, results + r * PANEL, results + (WEIGHTS - 1) * height * PANEL + r * PANEL);
         };
         // Few inputs wait for the memory: each thread goes on through weights that lie behind each other.
-        if (rows <= FEW) divide(across, [&](int64_t index) { task(index, true); });
+        if (rows <= (tiled_ ? FEW_ON_TILES : FEW)) divide(across, [&](int64_t index) { task(index, true); });
         else tasks.run(across * heights, [&](int64_t index) { task(index, false); });
+    }
+
+    // Inputs of a product as tiles want them, once all threads have written theirs.
+    void arrange(int64_t rows, X* x, int64_t stride, Own& own) {
+        if (!tiled_) return;
+        barrier_.wait();
+        divide((rows + LANES - 1) / LANES, [&](int64_t group) { arrange_inputs(x + group * LANES * stride, stride, own.arranging); });
     }
 
     void embed() const {
@@ -303,6 +321,7 @@ class Forward {
     const float eps_;
     const Step step_;
     const int threads_;
+    const bool tiled_ = std::is_same_v<X, bf16> && may_use_tiles();
     Barrier barrier_;
     const int64_t hidden_stride_, ffn_stride_, out_stride_, qkv_stride_;
     std::unique_ptr<Tasks[]> tasks_;

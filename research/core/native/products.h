@@ -1,7 +1,7 @@
 // Inputs times a weight where it lies, for any number of rows: x [rows, k] W^T with W [n, k], sums in float32.
 //
 // Whatever the number of rows, a result is made by the same additions in the same order, so a row's results do not depend,
-// in any bit, on the other rows of the batch. There are two kernels:
+// in any bit, on the other rows of the batch. There are two kernels here, and one for matrix tiles in tiles.h:
 // - With a product of bfloat16 pairs (AVX512_BF16), a tile of ROWS inputs and COLUMNS weight rows runs along k with one
 //   register of partial sums for each result, which is summed at the end.
 // - Everywhere else weight rows are turned, and widened to float, a piece of k at a time: a register holds one k of LANES
@@ -90,6 +90,7 @@ struct ProductScratch {
 #if defined(__AVX512BF16__)
     std::vector<T> tails;  // of the weight rows, where k is no whole number of steps
     std::vector<vf> sums;
+    std::vector<float> tile_sums;
 #endif
 };
 

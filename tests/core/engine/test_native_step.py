@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import random
+import shutil
+import subprocess
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from research.core.config.schema import LoraConfig
 from research.core.engine import native_step
 from research.core.engine.batch import PagedBatch, StepPlan
 from research.core.engine.native_step import NativePagedStep
+from research.core.native import build
 from research.core.native.build import library
 from research.core.spec import DecoderSpec, MoeSpec, RopeScaling
 from research.core.torch.decoder import Decoder
@@ -127,6 +133,56 @@ def test_no_bit_depends_on_batching_chunking_or_threads(dtype, monkeypatch):
         torch.set_num_threads(threads)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(whole, other))
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory) -> Path:
+    """The step as a processor with products of bfloat16 runs it, with their instructions emulated."""
+    if "avx512bw" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("they are emulated with AVX-512, which this processor does not have")
+    sources, target = Path(build.__file__).parent, tmp_path_factory.mktemp("emulated") / "step.so"
+    flags = ["-O1", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-shared"]
+    header = ["-include", str(Path(__file__).with_name("emulated_amx.h"))]
+    command = [os.environ.get("CXX", "g++"), *flags, *header, str(sources / "paged_step.cpp"), "-o", str(target)]
+    subprocess.run(command, check=True, capture_output=True)
+    return target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "pairs"])
+def test_products_of_bf16_give_the_logits_of_the_layers_and_no_bit_depends_on_batching(
+    emulated, tmp_path, monkeypatch, tiles
+):
+    monkeypatch.setenv("QWEN_AMX", str(int(tiles)))
+    kernels = ctypes.CDLL(shutil.copy(emulated, tmp_path / "own.so"))  # reads the variable once
+    kernels.paged_step.argtypes, kernels.paged_step.restype = library().paged_step.argtypes, None
+    kernels.tile_products.restype = ctypes.c_long
+    monkeypatch.setattr(native_step, "library", lambda: kernels)
+    monkeypatch.setattr(native_step, "_ONE_THREAD", 0)
+    texts, sizes, threads = _texts([1, 5, 100, 33]), random.Random(2), torch.get_num_threads()
+    # "even": every matrix is made of whole tiles, one k is of more than one piece.
+    specs = {name: SPECS[name] for name in ("gqa", "mha-tied")} | {
+        "even": replace(BASE, hidden=192, ffn=1088, vocab=224)
+    }
+    for name, spec in specs.items():
+        decoder = _decoder(spec, torch.bfloat16)
+        try:
+            torch.set_num_threads(2)
+            whole = _by_steps(decoder, texts, lambda: 200, 4)
+            others = [
+                _by_steps(decoder, texts, partial(sizes.choice, [1, 3, 17, 40]), 3),
+                _by_steps(decoder, texts, lambda: 9, 1),
+            ]
+        finally:
+            torch.set_num_threads(threads)
+        for text, logits in zip(texts, whole):
+            with torch.inference_mode():
+                expected = decoder(torch.tensor([text]))[0].float()
+            difference = (logits - expected).abs().max()
+            assert difference < TOLERANCE[torch.bfloat16], (name, len(text), difference)
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(whole, other)), name
+    assert (kernels.tile_products() > 0) == tiles
 
 
 def test_hidden_states_of_a_decoder_without_output_matrix():

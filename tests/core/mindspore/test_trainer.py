@@ -87,10 +87,10 @@ def _interrupt(model) -> str:
 def test_checkpoint_goes_on_in_the_other_backend(tmp_path, data, capsys, first):
     begin, end = (train_torch, train) if first == "torch" else (train, train_torch)
     settings = {"micro_batch": 4, "schedule": "constant", "warmup_steps": 0}
-    begin(config(steps=6, **settings), data, tmp_path / "a")
-    begin(config(steps=3, **settings), data, tmp_path / "b")
+    begin(config(steps=6, **settings), data, tmp_path / "a", layers=1)
+    begin(config(steps=3, **settings), data, tmp_path / "b", layers=1)
     capsys.readouterr()
-    summary, _ = end(config(steps=6, resume=True, **settings), data, tmp_path / "b")
+    summary, _ = end(config(steps=6, resume=True, **settings), data, tmp_path / "b", layers=1)
     assert f"the checkpoint is from {first}" in capsys.readouterr().err
     assert summary.steps == 6
     for (step, one), (_, other) in zip(_losses(tmp_path / "a"), _losses(tmp_path / "b"), strict=True):
@@ -99,13 +99,14 @@ def test_checkpoint_goes_on_in_the_other_backend(tmp_path, data, capsys, first):
 
 def test_accumulation_checkpointing_and_loss_scaling_do_not_change_the_training(tmp_path, data, capsys):
     """The scale begins where the sum of squared gradients is beyond float32, as fp16's does where a gradient is."""
-    train(config(steps=3, micro_batch=6), data, tmp_path / "one", evaluates=False)
+    one_layer = {"evaluates": False, "layers": 1}
+    train(config(steps=3, micro_batch=6), data, tmp_path / "one", **one_layer)
     for name, scale, settings in (
         ("accumulated", LossScale(), {"micro_batch": 2, "accumulation": 3, "checkpointing": "full"}),
         ("selective, scaled", LossScale(2.0**70), {"micro_batch": 6, "checkpointing": "selective"}),
     ):
         with RunFolder(tmp_path / name, task="finetune", model="case") as run:
-            trainer = build(config(steps=3, **settings), data, run, evaluates=False)
+            trainer = build(config(steps=3, **settings), data, run, **one_layer)
             trainer.loss_scale = scale
             trainer.fit()
         for (_, a), (_, b) in zip(_losses(tmp_path / "one"), _losses(tmp_path / name), strict=True):
@@ -147,12 +148,13 @@ def wait(model):
     (folder / "reached").touch()
     time.sleep(120)
 cfg = config(steps=8, save_every=2, async_save=True, sample_every=5, micro_batch=4)
-train(cfg, data, folder / "b", sample=wait, evaluates=False)
+train(cfg, data, folder / "b", sample=wait, evaluates=False, layers=1)
 """
 
 
 def test_kill_between_two_saves_then_resume_equals_the_uninterrupted_run(tmp_path, data, repo):
-    _, weights = train(config(steps=8, micro_batch=4), data, tmp_path / "a", evaluates=False)
+    small = {"evaluates": False, "layers": 1}
+    _, weights = train(config(steps=8, micro_batch=4), data, tmp_path / "a", **small)
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(data)]
     process = subprocess.Popen(command, cwd=repo, stderr=subprocess.PIPE, text=True)
     try:
@@ -163,7 +165,7 @@ def test_kill_between_two_saves_then_resume_equals_the_uninterrupted_run(tmp_pat
         process.send_signal(signal.SIGKILL)
         _, err = process.communicate()
     assert (tmp_path / "reached").exists() and (tmp_path / "b" / "lock").exists(), err[-2000:]
-    _, resumed = train(config(steps=8, micro_batch=4, resume=True), data, tmp_path / "b", evaluates=False)
+    _, resumed = train(config(steps=8, micro_batch=4, resume=True), data, tmp_path / "b", **small)
     _same(weights, resumed)
     assert [step for step, _ in _losses(tmp_path / "b")] == list(range(1, 9))
 
