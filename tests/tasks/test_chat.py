@@ -116,6 +116,7 @@ def test_turns_that_no_longer_fit_are_announced():
     assert "oldest 2 turns no longer fit into the context of 100 tokens" in _talk("trim\n")[1]
 
 
+@pytest.mark.slow
 def test_a_conversation_over_a_pipe(repo, tmp_path):
     from research.core.text.builtin import builtin_tokenizer
     from research.core.torch.decoder import Decoder

@@ -168,6 +168,7 @@ def test_malformed_json_names_file_and_line(tmp_path, source, capsys):
     assert f"{source}:41: malformed JSON" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_another_family_is_refused(tmp_path, source, shared_data, capsys):
     more = [f"tokenizer={shared_data / 'tokenizer_qwen'}", "model.hf.vocab_size=3072"]
     assert main(words(tmp_path / "run", source, *more)) == 2

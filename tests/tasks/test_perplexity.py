@@ -59,6 +59,7 @@ def test_torch_measures_transformers_loss(case):
     assert found["loss"] == pytest.approx(loss, rel=1e-5)  # fp32 sums in another order
 
 
+@pytest.mark.slow
 def test_mindspore_measures_the_same(case):
     pytest.importorskip("mindspore", reason="the other backend")
     folder, loss, targets = case

@@ -40,6 +40,7 @@ def _program(repo: Path, weights: Path, *words: str, **kwargs) -> subprocess.Com
     return subprocess.run(command, capture_output=True, text=True, env=env, **kwargs)
 
 
+@pytest.mark.slow
 def test_stdout_is_the_answer_and_nothing_else(repo, weights, capsys):
     expected = _answer(capsys, weights, "prompt=What is 2 + 3?")
     done = _program(repo, weights, "prompt=What is 2 + 3?", stdin=subprocess.DEVNULL)
@@ -48,11 +49,13 @@ def test_stdout_is_the_answer_and_nothing_else(repo, weights, capsys):
     assert "tokens/s" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_prompt_over_standard_input_gets_the_same_answer(repo, weights, capsys):
     expected = _answer(capsys, weights, "prompt=Sort: c b a")
     assert _program(repo, weights, input="Sort: c b a\n").stdout == expected
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_gives_one_json_line_each_in_order(weights, capsys, tmp_path):
     texts = ["Hello", "A much longer prompt than the others, with many words in it", "你好", "x", "Sort: 3 1 2"]
     single = [_answer(capsys, weights, f"prompt={text}").removesuffix("\n") for text in texts]
@@ -148,6 +151,7 @@ def test_weights_trained_with_another_vocabulary_or_template_are_refused(weights
     answering.load_model(_config(folder, "generate.raw=true"))  # no template is used
 
 
+@pytest.mark.slow
 def test_a_vocabulary_larger_than_the_weights_is_refused(weights, shared_data):
     with pytest.raises(WeightsError, match="only 3072"):
         answering.load_model(_config(weights, f"tokenizer={shared_data / 'tokenizer_qwen'}"))

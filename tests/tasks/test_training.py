@@ -237,6 +237,7 @@ def test_lora_goes_on_from_an_adapter(tmp_path, finetuned, adapted):
 # --- resume ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["finetune", "lora"])
 def test_resume_by_run_folder_alone_takes_the_runs_own_settings(tmp_path, finetuned, task):
     words = ["train.schedule=constant", "train.warmup_steps=0", f"data={_records(tmp_path / 'd.jsonl')}", "data.seed=9"]
@@ -258,6 +259,7 @@ def test_resume_of_another_model_is_refused(finetuned, capsys):
     assert "the run trains qwen2_5_tiny" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_run_exits_130_and_its_own_command_goes_on(tmp_path, repo, number):
     data, run = _records(tmp_path / "d.jsonl"), tmp_path / "run"
@@ -278,6 +280,7 @@ def test_stopped_run_exits_130_and_its_own_command_goes_on(tmp_path, repo, numbe
     assert [r["step"] for r in read_metrics(run, "train")] == list(range(1, step + 2))
 
 
+@pytest.mark.slow
 def test_two_cards_start_from_one_command(tmp_path, repo):
     data, run = _records(tmp_path / "d.jsonl"), tmp_path / "run"
     words = ["task=finetune", f"run={run}", *SMALL, "train.steps=2", f"data={data}", "parallel.cards=2", "device=cpu"]

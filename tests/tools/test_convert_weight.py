@@ -78,6 +78,7 @@ def test_a_foreign_file_finds_its_architecture(tmp_path, place):
     assert json.loads((tmp_path / "back/config.json").read_text())["tie_word_embeddings"] is True
 
 
+@pytest.mark.slow
 def test_adapters_there_and_back(tmp_path):
     case = Case("qwen2")
     base = case.write(tmp_path / "hf")
@@ -97,6 +98,7 @@ def test_adapters_there_and_back(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_documents_scripts_under_their_own_flags(tmp_path):
     case = Case("qwen")
     source = case.write(tmp_path / "hf")

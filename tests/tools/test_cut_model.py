@@ -72,6 +72,7 @@ def test_variables_edited_inside_the_file_count(repo, model, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["0", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["weights", "world_size", "missing part", "truncated part"])
 def test_stale_parts_are_refused_and_cut_again_when_told(repo, model, change):
     assert cut(repo, input_dir=str(model), world_size="4").returncode == 0

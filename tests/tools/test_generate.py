@@ -70,6 +70,7 @@ def _transformers(model, eos, new: int = 40) -> list[list[int]]:
     return rows
 
 
+@pytest.mark.slow
 def test_a_subprocess_writes_prompt_and_greedy_tokens_in_order(repo, folder, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -160,6 +161,7 @@ def test_missing_files_and_folders_are_named(program, folder, tmp_path, capsys):
     assert str(tmp_path / "no") in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_trained_weights_tell_the_story_that_transformers_tells(program, shared_data, tmp_path):
     from transformers import AutoModelForCausalLM
 

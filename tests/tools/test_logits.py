@@ -146,6 +146,7 @@ def test_unusable_input_ends_with_2_and_leaves_no_file(tool, tmp_path, models, c
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_command_line_from_another_folder(repo, tmp_path, models):
     np.savez(tmp_path / "ids.npz", input_ids=random_ids(1, 6).numpy())
     command = [sys.executable, str(repo / "tools" / "logits.py"), "--weights", str(models / "gqa")]

@@ -100,6 +100,7 @@ def test_records_without_a_supervised_label_and_missing_files_are_errors(run, tm
     assert status == 2 and "error:" in err
 
 
+@pytest.mark.slow
 def test_the_program_prints_one_line_of_json_and_an_error_without_a_traceback_from_any_folder(case, repo, tmp_path):
     folder, loss, count = case
     command = [sys.executable, str(repo / "tools" / "loss.py"), "--weights", str(folder / "weights"), "--data"]

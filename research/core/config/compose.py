@@ -14,6 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -291,13 +292,18 @@ def _hydra_compose(overrides: list[Override]) -> DictConfig:
 
 def _to_dataclass(composed: DictConfig) -> Config:
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        merged = OmegaConf.merge(_schema(), composed)  # copies the schema
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as bad:
         key = getattr(bad, "full_key", None) or "configuration"
         if "not in" in str(bad):
             raise ConfigError(f"no setting is called {key!r}", hint=did_you_mean(key, settings())) from None
         raise ConfigError(str(bad).splitlines()[0], where=key, hint=_type_hint(key)) from None
+
+
+@cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(Config)
 
 
 def _type_hint(key: str) -> str | None:

@@ -23,6 +23,7 @@ def test_every_model_composes_and_is_its_own_name(model):
     assert model_spec(config.model, tokens=1000).layers == config.model.hf["num_hidden_layers"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "word",
     [
@@ -75,7 +76,8 @@ def test_settings_that_contradict_each_other_are_refused():
         compose(["task=lora", "train.epochs=null"])
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None)
 @given(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(lambda text: text != "null"))
 def test_prompt_is_taken_to_the_letter(tmp_path_factory, text):
     config = compose([f"prompt={text}"])

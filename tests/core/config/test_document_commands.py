@@ -167,6 +167,7 @@ def ranks(monkeypatch):
     return start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_of_the_documents_comes_to_its_settings(name, ranks):
     family, started, words, expected = COMMANDS[name]

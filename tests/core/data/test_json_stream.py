@@ -20,6 +20,7 @@ values = st.recursive(
 record_lists = st.lists(st.dictionaries(st.text(), values, max_size=4), max_size=12)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     records=record_lists,

@@ -48,6 +48,7 @@ def read_dump(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_folder_does_not_depend_on_the_number_of_workers(write, prepare, tmp_path):
     source = write("x.jsonl", records(1500))
     digests, reports = [], []
@@ -344,6 +345,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(write, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["array", "lines", "text"])
 def test_memory_stays_small_for_a_large_file(tmp_path, kind):
     """240 MB of source, read and tokenised by two workers: main process and both workers stay under 600 MB together."""
@@ -397,6 +399,7 @@ def test_a_prepared_folder_is_refused_when_it_does_not_fit(write, prepare, token
         PackedDataset(folder / "train")
 
 
+@pytest.mark.slow
 def test_real_alpaca_records_with_the_real_vocabulary(shared_data, tmp_path, prepare, monkeypatch):
     """2,000 of the 52,002; their token count follows from transformers' fast tokenizer on the rendered text."""
     from tokenizers import Tokenizer as Fast

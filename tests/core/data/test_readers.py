@@ -29,6 +29,7 @@ def texts(records):
     return documents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fmt", "record"), [("alpaca", ALPACA), ("messages", CHAT), ("sharegpt", SHAREGPT)])
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.json.gz", "x.parquet", "x"])
 def test_format_is_found_by_content(write, tmp_path, fmt, record, name):

@@ -82,6 +82,7 @@ def test_answers_are_right_in_every_wording(name):
     assert len(starts) >= 2 and any("\u4e00" <= c <= "\u9fff" for e in examples for c in e["messages"][0]["content"])
 
 
+@pytest.mark.slow
 def test_no_held_out_question_is_trained_in_any_wording():
     trained = {question_key(e) for seed in (1, 2) for e in generate([], 40_000, seed, "train")}
     asked = [question_key(e) for e in generate([], 512, 1, "eval")]

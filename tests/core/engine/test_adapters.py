@@ -77,6 +77,7 @@ def _peft_logits(folder, name, ids):
     return peft.PeftModel.from_pretrained(model, folder / name).eval()(ids).logits
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_row_of_a_mixed_batch_has_the_logits_of_its_own_peft_model(base):
     model, folder = base

@@ -162,6 +162,7 @@ SAMPLINGS = [
 ]
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_from_the_exact_distribution_and_seeds_repeat_them(decoder):
     prompt, draws, each = _prompt(12), 1200, 100
     with torch.inference_mode():

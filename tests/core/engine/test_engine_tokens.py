@@ -65,6 +65,7 @@ def _expected(name: str, count: int) -> list[list[int]]:
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", SPECS)
 def test_mixed_requests_get_the_plain_decoders_tokens(name, how):

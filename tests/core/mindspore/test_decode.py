@@ -93,6 +93,7 @@ class Paged:
         return logits.asnumpy()
 
 
+@pytest.mark.slow
 def test_paged_filling_writes_nowhere():
     _, ours = make_pair("gqa", num_hidden_layers=1)
     paged = Paged(twin(ours), rows=1, blocks=3, size=8, per_row=2)

@@ -73,6 +73,7 @@ def small_pair(variant: str):
     return make_pair(variant, **(ALL_SLIDE if variant == "window" else ONE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY)
 def test_logits_loss_and_gradients_equal_transformers(case):
     """The logits from plain operators (as a MINDIR has them), loss and gradients from the kernels that training uses."""
@@ -150,6 +151,7 @@ def test_packed_and_padded_documents_equal_separate_ones(variant):
             np.testing.assert_allclose(padded[row, real], alone, **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_block_smaller_than_a_document_would_change_the_result():
     """That the hint acts at all: with blocks of 8 a document of 48 tokens loses its far keys."""
     _, ours = small_pair("gqa")
@@ -205,6 +207,7 @@ def test_parameter_names_stay_when_a_decoder_is_wrapped():
     assert len(names) == len(set(names))
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_no_torch(repo):
     code = (
         "import sys, research.core.mindspore.runtime\n"

@@ -124,6 +124,7 @@ def test_a_prompt_can_be_put_in_piece_by_piece_up_to_the_last_slot(pair):
         assert cache.used == 64
 
 
+@pytest.mark.slow
 def test_a_conversation_can_go_back_grow_and_continue_differently(pair):
     ours, runner = pair
     first, second = PROMPTS[2], PROMPTS[2][:6] + [1, 2, 3]
@@ -146,6 +147,7 @@ def test_impossible_requests_are_refused_before_anything_runs(pair, prompt, new,
         run_requests(pair[1], [Request([1, 2], max_new_tokens=new), Request(prompt, max_new_tokens=new)])
 
 
+@pytest.mark.slow
 def test_generation_leaves_the_training_mode_as_it_was_and_reports_weights_that_give_no_number():
     ours = _decoder(replace(BASE, layers=1))
     with torch.no_grad():

@@ -85,6 +85,7 @@ def test_one_request_too_many_is_429_with_a_time_to_come_back(server):
     assert post(server, body={**CHAT, "max_tokens": 2})[0] == 200
 
 
+@pytest.mark.slow
 def test_slow_heads_bodies_and_readers_are_dropped(server):
     watching = asyncio.run_coroutine_threadsafe(close_idle(server._server, 1.0), server.loop)
     head = open_socket(server, b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n")
@@ -227,6 +228,7 @@ sys.exit(status)
 JSON = {"Content-Type": "application/json"}
 
 
+@pytest.mark.slow
 def test_sigterm_ends_what_runs_takes_nothing_new_and_exits_0_a_second_one_does_not_wait(repo):
     """60 words are soon through; two answers of 4,000 would take the whole time that the drain has."""
     program = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=repo, stdout=subprocess.PIPE, text=True)

@@ -48,6 +48,7 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
+@pytest.mark.slow
 def test_many_clients_at_once_get_what_each_would_get_alone(client):
     def ask(number):
         text = ["Hello", "Sort: 3 1 2", "你好"][number % 3] * (1 + number % 4)

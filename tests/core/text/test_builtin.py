@@ -56,6 +56,7 @@ def test_digits_and_common_chinese_characters_are_single_tokens(cache):
     assert len(tokenizer.encode(english)) < len(english) / 2
 
 
+@pytest.mark.slow
 def test_training_gives_the_same_vocabulary_in_another_process(cache):
     code = "from research.core.text.builtin import train_builtin; print(train_builtin().fingerprint())"
     environment = os.environ | {"PYTHONHASHSEED": "77", "RAYON_NUM_THREADS": "1"}
@@ -72,6 +73,7 @@ def test_cache_is_used_and_holds_nothing_half_written(cache, monkeypatch):
     assert builtin_tokenizer().fingerprint == first.fingerprint
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_agree(cache):
     shutil.rmtree(cache)
     code = "from research.core.text.builtin import builtin_tokenizer; print(builtin_tokenizer().fingerprint)"
@@ -84,6 +86,7 @@ def test_two_processes_at_once_agree(cache):
     assert len(list(cache.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_file_is_trained_again(cache):
     first = builtin_tokenizer().fingerprint
     path = next(cache.iterdir())

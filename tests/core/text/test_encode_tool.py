@@ -131,6 +131,7 @@ def test_wrong_requests_end_with_status_2_and_no_output(inside, fault):
     assert what in stderr and "Traceback" not in stderr and len(stderr.splitlines()) < 8
 
 
+@pytest.mark.slow
 def test_wrong_vocabulary_ends_with_status_2(call, tmp_path):
     status, answers, stderr = call([{"op": "encode", "text": "x"}], "qwen2_5", tmp_path)
     assert status == 2 and answers is None and "no vocabulary here" in stderr

@@ -222,6 +222,7 @@ conversations = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=150,
     deadline=None,

@@ -47,10 +47,12 @@ def test_every_special_token_has_its_published_id(vocabulary_folder, qwen, qwen2
         assert tokenizer.eos_ids() == [151645, 151643] and tokenizer.eos_ids(chat=False) == [151643]
 
 
+@pytest.mark.slow
 def test_known_specials_of_a_bare_vocabulary_equal_the_listed_ones(vocabulary_folder, qwen2_5):
     assert load_tokenizer(vocabulary_folder, "qwen2_5").fingerprint == qwen2_5.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_ids_equal_transformers(qwen2_5, transformers_qwen2_5, text):
     assert qwen2_5.encode(text, "all") == transformers_qwen2_5.encode(text, add_special_tokens=False)
@@ -83,6 +85,7 @@ def test_any_text_equals_tiktoken(qwen, tiktoken_qwen, text):
     assert qwen.encode(text, "all") == tiktoken_qwen.encode(normal, allowed_special="all")
 
 
+@pytest.mark.slow
 def test_every_code_point_equals_transformers(qwen2_5, transformers_qwen2_5):
     library = transformers_qwen2_5.backend_tokenizer
     step = 3  # every third code point, in two contexts, keeps this at two seconds
@@ -174,6 +177,7 @@ def test_batches_equal_single_encodings(qwen, qwen2_5):
             assert tokenizer.encode_batch(TEXTS, allowed) == [tokenizer.encode(text, allowed) for text in TEXTS]
 
 
+@pytest.mark.slow
 def test_pickled_and_forked_tokenizers_give_the_same_ids(qwen, qwen2_5):
     for tokenizer in (qwen, qwen2_5):
         copy = pickle.loads(pickle.dumps(tokenizer))
@@ -183,6 +187,7 @@ def test_pickled_and_forked_tokenizers_give_the_same_ids(qwen, qwen2_5):
         assert pool.apply(qwen2_5.encode, (TEXTS[4],)) == qwen2_5.encode(TEXTS[4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen", "qwen2_5"])
 def test_saved_files_load_in_transformers_and_here(family, vocabulary_folder, tmp_path):
     from transformers import AutoTokenizer
@@ -204,6 +209,7 @@ def test_saved_files_load_in_transformers_and_here(family, vocabulary_folder, tm
     assert not [path.name for path in (tmp_path / "saved").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_fingerprint_depends_on_specials_but_not_on_the_file_format(qwen2, qwen2_5, vocabulary_folder, tmp_path):
     assert qwen2.fingerprint != qwen2_5.fingerprint
     qwen2.save(tmp_path)

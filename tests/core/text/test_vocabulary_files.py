@@ -68,6 +68,7 @@ def test_damaged_vocab_and_merges(vocabulary_folder, tmp_path, fault):
         load_tokenizer(damaged(vocabulary_folder / name, tmp_path, change), "qwen2_5")
 
 
+@pytest.mark.slow
 def test_vocabulary_of_another_family_is_named(vocabulary_folder, tmp_path):
     new, old = tmp_path / "new", tmp_path / "old"
     new.mkdir()
@@ -233,6 +234,7 @@ def test_the_longest_control_token_wins(tmp_path):
     assert tokenizer.encode("<x>y<x>ab<x", "all") == library.encode("<x>y<x>ab<x").ids == [262, 261, 256, 260]
 
 
+@pytest.mark.slow
 def test_added_tokens_file_alone_names_the_control_tokens(vocabulary_folder, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(vocabulary_folder / name, tmp_path)

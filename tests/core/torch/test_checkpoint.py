@@ -43,6 +43,7 @@ def _same(a: dict, b: dict) -> None:
 # --- resume is the same training ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, DROPOUT], ids=["full", "lora with dropout"])
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 def test_ten_steps_and_ten_more_equal_twenty_bit_for_bit(tmp_path, lora, packing):
@@ -60,6 +61,7 @@ def test_ten_steps_and_ten_more_equal_twenty_bit_for_bit(tmp_path, lora, packing
         assert a == b  # no step twice, none missing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [True, False])
 def test_bf16_masters_and_moe_resume_bit_for_bit(tmp_path, background):
     data = write_data(tmp_path / "d")
@@ -86,6 +88,7 @@ train(cfg, folder / "d", folder / "b", lora=DROPOUT if kind == "lora" else None,
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_kill_between_two_saves_then_resume_equals_the_uninterrupted_run(tmp_path, repo, kind):
     lora = DROPOUT if kind == "lora" else None
@@ -145,6 +148,7 @@ def test_resume_without_a_checkpoint_starts_at_the_beginning_and_says_so(tmp_pat
 # --- settings that a checkpoint cannot go on with ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

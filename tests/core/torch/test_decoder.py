@@ -49,6 +49,7 @@ def test_logits_loss_and_gradients_equal_transformers(variant, kernels):
         assert (parameter.grad - reference).norm() <= 1e-4 * reference.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_64_greedy_tokens_through_the_cache_equal_transformers(variant, kernels):
     theirs, ours = make_pair(variant, seed=3)
@@ -87,6 +88,7 @@ def test_padding_changes_nothing_for_real_tokens(variant, side, kernels):
             torch.testing.assert_close(padded[mask.bool()], together[mask.bool()], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["gqa", "mha", "window", "yarn", "moe"])
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_packed_documents_equal_separate_ones(variant, backend, kernels):
@@ -234,6 +236,7 @@ def test_init_weights_is_deterministic_and_independent_of_order():
     assert not torch.equal(*layers)
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_numbers_for_changing_documents():
     decoder = Decoder(SMALL).init_weights(1)
     ids = random_ids(2, 16, vocab=61)

@@ -61,6 +61,7 @@ def _transformers_greedy(twin, prompt: list[int], new: int) -> list[int]:
     return out[0].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("native", [True, False], ids=["native", "layers"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_different_lengths_gives_transformers_greedy_tokens(kind, native, monkeypatch):

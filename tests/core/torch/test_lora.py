@@ -229,6 +229,7 @@ def test_full_disk_leaves_no_half_written_adapter(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_published_adapter_gives_the_logits_of_peft(shared_data):
     folder = shared_data / "lora" / "qwen2.5-0.5b-instruct_r8"
     config = Qwen2Config(

@@ -179,6 +179,7 @@ def _in_a_process(code, **env):
 CODE = "from research.core.native.build import library; print(library() is not None)"
 
 
+@pytest.mark.slow
 def test_two_processes_build_at_once_and_leave_one_library(tmp_path):
     quick = tmp_path / "quick"
     quick.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')  # how fast the kernels are does not matter here
@@ -191,6 +192,7 @@ def test_two_processes_build_at_once_and_leave_one_library(tmp_path):
     assert len(files) == 1 and files[0].suffix == ".so"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cause", ["no compiler", "a compiler that fails", "an unwritable cache"])
 def test_without_kernels_everything_runs_and_the_reason_is_said_once(tmp_path, cause):
     env = {"QWEN_CACHE": str(tmp_path)}

@@ -97,6 +97,7 @@ def two(tmp_path_factory, repo):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(tmp_path, two, case):
     summary, _ = train(config(micro_batch=4, **SETTINGS), two / "d", tmp_path / "one", **CASES[case])
@@ -112,6 +113,7 @@ def test_two_processes_train_as_one(tmp_path, two, case):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4 if exact else 1e-2)
 
 
+@pytest.mark.slow
 def test_sharded_checkpoint_resumes_on_one_card(tmp_path, two):
     run = tmp_path / "run"
     shutil.copytree(two / "two" / "sharded", run)
@@ -122,6 +124,7 @@ def test_sharded_checkpoint_resumes_on_one_card(tmp_path, two):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_failing_rank_ends_all_with_its_own_message_and_status(tmp_path, repo):
     done = _launch(repo, tmp_path, FAILING)
     assert done.returncode == 2, done.stderr

@@ -30,6 +30,7 @@ def decode(pieces: list[dict], ids: list[int]) -> str:
     return raw.decode("utf-8")
 
 
+@pytest.mark.slow
 def test_story_model_tells_a_story_with_transformers_greedy_tokens(shared_data, tmp_path):
     folder = shared_data / "weights" / "stories260K"
     pieces = json.loads((folder / "vocab.json").read_text())

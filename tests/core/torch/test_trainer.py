@@ -106,6 +106,7 @@ def test_loss_falls_and_the_run_folder_is_complete(tmp_path):
     assert record["mfu"] > 0 and record["memory"] > 2**20 and record["grad_norm"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, dropout=0.1)])
 def test_bf16_with_fp32_masters_follows_the_fp32_training(tmp_path, lora):
     data = write_data(tmp_path / "d")
@@ -209,6 +210,7 @@ def test_sampling_leaves_the_training_as_it_was(tmp_path):
     assert _losses(tmp_path / "a") == _losses(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_clock_ends_the_training_with_the_schedule_run_out(tmp_path):
     data = write_data(tmp_path / "d")
     cfg = config(steps=None, max_minutes=0.02, lr=1e-3)

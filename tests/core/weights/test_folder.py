@@ -120,6 +120,7 @@ def test_buffers_of_old_checkpoints_are_passed_over(single):
     load_decoder(single)
 
 
+@pytest.mark.slow
 def test_loading_peaks_near_the_models_size(tmp_path):
     """Streaming: 90 MB of parameters in 4 MB tensors must not cost twice their size, nor a second copy of a shard."""
     spec = DecoderSpec(

@@ -40,6 +40,7 @@ def save(tensors: dict[str, torch.Tensor], path, **options) -> None:
     ms.save_checkpoint(rows, str(path), format=path.suffix[1:], **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("concat", ["none", "stacked", "grouped"])
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 @pytest.mark.parametrize("name", sorted(CASES))

@@ -50,6 +50,7 @@ def test_resharded_parts_are_those_of_a_direct_split(models, tmp_path, family, f
         assert_same_tensors(direct / str(rank), resharded / str(rank))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("grid", ["tp2-pp2", "dp2-tp2-pp2", "tp8", "dp2"])
 @pytest.mark.parametrize("files", ["ckpt", "safetensors"])
@@ -233,6 +234,7 @@ def checkpoint(mindspore, folder: Path) -> dict[str, np.ndarray]:
     return {name: value.asnumpy() for name, value in mindspore.load_checkpoint(str(file)).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("first", "second"), [("tp1", "dp2-tp4-pp2"), ("tp4", "tp2-pp2"), ("dp2-tp2", "tp8"), ("tp4-pp2", "tp1")]
@@ -404,6 +406,7 @@ go(Path({source!r}), Path({target!r}), {to!r}, {grid!r})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("to", "grid"), [("parts", "tp4"), ("ranks", "dp2-tp2"), ("dcp", "2")])
 def test_a_killed_split_is_finished_from_where_it_was(models, tmp_path, repo, monkeypatch, to, grid):
     import signal

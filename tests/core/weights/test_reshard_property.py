@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -47,8 +48,9 @@ def models(draw) -> tuple[DecoderSpec, int]:
     return DecoderSpec(**sizes), cards
 
 
+@pytest.mark.slow
 @given(models(), st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_there_and_back_on_any_grid_is_bit_equal(model, data):
     spec, cards = model
     stages = data.draw(st.integers(1, spec.layers), "stages")

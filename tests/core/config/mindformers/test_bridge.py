@@ -42,6 +42,7 @@ def composed(model: str, task: str, *words: str):
 # --- round trips ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_is_read_back_as_itself(model):
     task = RECIPES[MODELS.index(model) % len(RECIPES)]
@@ -54,6 +55,7 @@ def test_every_model_is_read_back_as_itself(model):
 GRIDS = [(), ("parallel.cards=8",), ("parallel.cards=8", "parallel.tensor=2", "parallel.shard=optimizer")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", RECIPES)
 @pytest.mark.parametrize(("number", "model"), enumerate(["qwen_7b", "qwen1_5_7b", "qwen2_57b_a14b", "qwen2_5_tiny"]))
 def test_every_recipe_and_grid_is_read_back_the_same(number, model, task):

@@ -118,6 +118,7 @@ def test_rows_of_uneven_length_and_plain_files_of_version_2_are_read(tmp_path):
     assert read_with_ours(path) == [{"input_ids": [5, -1, 151643]}]
 
 
+@pytest.mark.slow
 def test_more_rows_than_one_page_of_entries_holds_are_all_indexed(tmp_path, monkeypatch):
     """Small pages: several raw pages, each with the entries of whole blob pages, as MindSpore's reader wants them."""
     monkeypatch.setattr(writing, "PAGE_SIZE", 1 << 15)
