@@ -5,7 +5,8 @@ runs, so that hosts started with different numbers, or twice the same ranks, are
 one has failed or been stopped, or is gone without having ended, the others end their ranks too. A launcher that cannot
 reach the first one says so and goes on by itself: the ranks may meet all the same.
 
-Messages are JSON objects, one a line: ``{"kind": "hello" | "failed" | "stopped" | "done", ...}``.
+Messages are JSON objects, one a line: ``{"kind": "hello" | "welcome" | "failed" | "stopped" | "refused" | "done", ...}``. A
+connection counts from its welcome on: the first launcher may have ended, with all well, before it saw who came.
 """
 
 from __future__ import annotations
@@ -172,14 +173,16 @@ class Peers:
                 self._links.append(link)
             link.send({"kind": "hello", **asdict(self.share)})
             self._linked.set()
-            self._listen(link)
-            return
+            if self._listen(link):
+                return
+            with self._lock:
+                self._links.remove(link)
 
-    def _listen(self, link: _Link) -> None:
-        """Read what comes over one connection until it ends."""
-        who, ended = f"the host {link.host}", False
+    def _listen(self, link: _Link) -> bool:
+        """Read what comes over one connection until it ends -> whether anything came."""
+        who, ended, answered = f"the host {link.host}", False, False
         for message in link.messages():
-            kind = message.get("kind")
+            kind, answered = message.get("kind"), True
             if kind == "hello":
                 who = self._welcome(link, message) or who
             elif kind == "done":
@@ -187,8 +190,9 @@ class Peers:
             elif kind in ("failed", "stopped", "refused"):
                 ended = True
                 self._hear(Heard(kind, f"{message.get('text', '')}", int(message.get("status", 1))), link)
-        if not ended and not self._closed.is_set() and link in self._links:
+        if answered and not ended and not self._closed.is_set() and link in self._links:
             self._hear(Heard("failed", f"{who} is gone: its launcher was killed, or the network is down", 1), link)
+        return answered
 
     def _welcome(self, link: _Link, message: dict[str, Any]) -> str | None:
         try:
@@ -201,6 +205,7 @@ class Peers:
             if wrong is None:
                 self._shares.append(share)
                 self._links.append(link)
+                link.send({"kind": "welcome"})
                 if self.missing() is None:
                     print(f"all {len(self._shares)} hosts are there", file=sys.stderr, flush=True)
         if wrong is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -168,9 +169,17 @@ def test_a_failure_before_the_launchers_have_met_is_not_lost():
             assert (first.heard().kind, first.heard().status) == ("failed", 7)
 
 
-def test_what_is_no_message_of_a_launcher_does_no_harm():
-    import socket
+def test_a_first_host_that_ended_before_it_saw_another_is_no_failure():
+    with socket.create_server(("127.0.0.1", 0)) as ending:
+        with Peers(Share(1, 1, 2), "127.0.0.1", ending.getsockname()[1]) as second:
+            for _ in range(2):  # it tries again
+                connection, _ = ending.accept()
+                assert connection.makefile().readline().startswith('{"kind": "hello"')
+                connection.close()
+            assert second.heard() is None
 
+
+def test_what_is_no_message_of_a_launcher_does_no_harm():
     port = free_port()
     with Peers(Share(0, 1, 2), "127.0.0.1", port) as first:
         for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"kind": "hello"}\n', b"\xff\xfe\n"):
