@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import mindspore as ms
 import numpy as np
@@ -15,7 +16,11 @@ from research.core.run.roofline import best_known, peak_resident, processor
 def gemm_flops(dtype) -> float:
     """Floating-point operations a second of a large square matmul: the best ever measured here, kept in a cache file. On a
     CPU the figure belongs to the number of threads in use."""
-    where = processor(runtime.threads()) if not runtime.on_ascend() else "Ascend"
+    return _gemm_flops(dtype, "Ascend" if runtime.on_ascend() else processor(runtime.threads()))
+
+
+@cache
+def _gemm_flops(dtype, where: str) -> float:
     return best_known(f"{where} | {dtype!s} | mindspore {ms.__version__}", lambda: measure_gemm(dtype))
 
 

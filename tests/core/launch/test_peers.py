@@ -170,13 +170,15 @@ def test_a_failure_before_the_launchers_have_met_is_not_lost():
 
 
 def test_a_first_host_that_ended_before_it_saw_another_is_no_failure():
-    with socket.create_server(("127.0.0.1", 0)) as ending:
-        with Peers(Share(1, 1, 2), "127.0.0.1", ending.getsockname()[1]) as second:
-            for _ in range(2):  # it tries again
-                connection, _ = ending.accept()
-                assert connection.makefile().readline().startswith('{"kind": "hello"')
-                connection.close()
-            assert second.heard() is None
+    with (
+        socket.create_server(("127.0.0.1", 0)) as ending,
+        Peers(Share(1, 1, 2), "127.0.0.1", ending.getsockname()[1]) as second,
+    ):
+        for _ in range(2):  # it tries again
+            connection, _ = ending.accept()
+            assert connection.makefile().readline().startswith('{"kind": "hello"')
+            connection.close()
+        assert second.heard() is None
 
 
 def test_what_is_no_message_of_a_launcher_does_no_harm():
