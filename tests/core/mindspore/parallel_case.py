@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def work(folder: Path) -> None:
     """The trainings of ``cases.json``, one after another in one cluster of workers."""
     from research.core.mindspore.parallel import World
 
-    world = None
+    world = saved = None
     for case in json.loads((folder / "cases.json").read_text()):
         name, fails = case.pop("name"), case.pop("fails", None)
         kind, data = case.pop("kind", "dense"), Path(case.pop("data"))
@@ -99,14 +100,18 @@ def work(folder: Path) -> None:
         world.stand(cfg)
         world.folder = folder
         if fails == world.rank:
+            while saved is not None and not saved.exists():
+                time.sleep(0.05)
             raise SystemExit("this worker fails on purpose")
         try:
             weights = train(cfg, data, run, world, kind, **options)
         except ConfigError as refused:
             (folder / f"{name}-{world.rank}.error").write_text(str(refused))
             continue
+        saved = folder / f"{name}.npz"
         if world.main:
-            np.savez(folder / f"{name}.npz", **weights)
+            np.savez(folder / "saving.npz", **weights)
+            (folder / "saving.npz").rename(saved)
     if world is not None:
         world.leave()
 
