@@ -29,8 +29,9 @@ class EngineRequest:
     ``stop``: texts that end an answer and are not part of it; ``stop_ids``: tokens that end it beside the model's own
     end tokens, which ``ignore_eos`` switches off. ``logprobs``: report each chosen token's log-probability and those of
     so many best tokens (0: the chosen one only). ``prompt_logprobs``: the same of each token of the prompt but the first,
-    in the answer's first update; with ``max_new_tokens=0`` that is all. ``adapter``: name of a loaded adapter. Smaller ``priority`` runs first;
-    among equals the oldest. ``logit_bias``: what is added to the logits of some tokens before all else that chooses.
+    in the answer's first update; with ``max_new_tokens=0`` that is all. ``adapter``: name of a loaded adapter. Smaller
+    ``priority`` runs first; among equals the oldest. ``logit_bias``: what is added to the logits of some tokens before all
+    else that chooses.
     """
 
     prompt: tuple[int, ...]

@@ -20,9 +20,9 @@ class StepPlan:
     ``contexts`` are the rows' lengths after this step, ``tables`` their blocks, ``sampled`` the rows whose last token's
     logits are wanted, ``embedded`` those whose last hidden state is; ``scored`` the rows of which the log-probabilities of
     ``targets`` are wanted behind their first tokens, and of the ``best`` likeliest ones; ``copies`` are blocks (from, to) to
-    copy before anything is written. ``adapters`` has a slot number per row, 0 for none (None: nobody has one). ``prompt_lengths``:
-    what Qwen v1's dynamic NTK goes by, per row (None: no such model). ``greedy``: the caller needs nothing but each
-    sampled row's best token. ``whole``: rows are whole texts of a model that is not causal, without cache and tables.
+    copy before anything is written. ``adapters`` has a slot number per row, 0 for none (None: nobody has one).
+    ``prompt_lengths``: what Qwen v1's dynamic NTK goes by, per row (None: no such model). ``greedy``: the caller needs
+    nothing but each sampled row's best token. ``whole``: rows are whole texts of a model that is not causal, without cache and tables.
     """
 
     tokens: list[int]
