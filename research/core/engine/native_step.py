@@ -88,6 +88,7 @@ class NativePagedStep:
     def _run(self, tokens, batch, wanted, rope, logits=None, hidden=None, best=None) -> None:
         spec, pointer = self.spec, _pointer
         assert batch.block_tables.dtype == batch.query_starts.dtype == batch.contexts.dtype == torch.int32
+        assert len(wanted) <= len(tokens), "the kernel has room for one result a token"
         assert (logits is None and best is None) or self._keep[-1] is not None, "the decoder has no output matrix"
         positions, scale = batch.positions, None
         if rope is None:

@@ -20,6 +20,7 @@ from research.core.launch.failure import NOISE, Notes
 
 WORKER = Path(__file__).with_name("worker.py")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_LONGEST_LINE = 1 << 20  # bytes that wait for the line's end
 _START_S = 60  # a rank that has not written its first note by then is taken for lost
 
 
@@ -173,7 +174,7 @@ def _copy(source: BinaryIO, out, log: Path, prefix: str) -> None:
     with source, open(log, "ab", buffering=0) as file:
         for chunk in iter(lambda: source.read1(1 << 16), b""):
             line += chunk
-            whole = max(line.rfind(b"\n"), line.rfind(b"\r")) + 1
+            whole = max(line.rfind(b"\n"), line.rfind(b"\r")) + 1 or (len(line) if len(line) > _LONGEST_LINE else 0)
             if whole:
                 file.write(line[:whole])
                 line = line[whole:]

@@ -156,27 +156,33 @@ class Peers:
         while not self._closed.is_set():
             try:
                 connection = socket.create_connection((self.address, self.port), timeout=5)
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    print(
-                        f"note: {self.address}:{self.port} cannot be reached ({error}), so this host will not hear of failures "
-                        "of others",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                connection.settimeout(None)
+                if self._meet(_Link(connection, self.address)):
                     return
-                self._closed.wait(0.2)
-                continue
-            connection.settimeout(None)
-            link = _Link(connection, self.address)
-            with self._lock:
-                self._links.append(link)
-            link.send({"kind": "hello", **asdict(self.share)})
-            self._linked.set()
-            if self._listen(link):
+                why = "it answers nothing"
+            except OSError as error:
+                why = str(error)
+            if time.monotonic() > deadline:
+                print(
+                    f"note: {self.address}:{self.port} cannot be reached ({why}), so this host will not hear of failures of others",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 return
+            self._closed.wait(0.2)
+
+    def _meet(self, link: _Link) -> bool:
+        """Say who this is and listen until the connection ends -> whether the first launcher answered."""
+        with self._lock:
+            self._links.append(link)
+        link.send({"kind": "hello", **asdict(self.share)})
+        self._linked.set()
+        answered = self._listen(link)
+        if not answered:
+            self._linked.clear()
             with self._lock:
                 self._links.remove(link)
+        return answered
 
     def _listen(self, link: _Link) -> bool:
         """Read what comes over one connection until it ends -> whether anything came."""

@@ -139,14 +139,14 @@ class Answer:
 
     def take(self, update: Update) -> None:
         self.text.append(update.text)
-        for column, values in (self.lists(update) or {}).items():
+        for column, values in (self.logprobs_of(update) or {}).items():
             self.logprobs = self.logprobs or {}
             self.logprobs.setdefault(column, []).extend(values)
         if update.finish is not None:
             self.finish = _FINISH[update.finish]
 
-    def lists(self, update: Update) -> dict[str, list] | None:
-        """The log-probabilities that an update brings, with the first one those of the prompt."""
+    def logprobs_of(self, update: Update) -> dict[str, list] | None:
+        """The log-probabilities that an update brings, with the first one those of the prompt: nothing is ``scored`` then."""
         parts = [self._lists.first(self.scored[0])] if self.scored else []
         self.scored = ()
         tokens = update.prompt_logprobs + update.logprobs
@@ -166,18 +166,16 @@ async def _chunks(
         usage = {"usage": work.usage() if options.continuous_usage_stats else None} if options.include_usage else {}
         return event({**head, "choices": [choice], **usage})
 
-    late = [bool(answer.scored) for answer in answers]  # their prompt comes with its log-probabilities
     for index, answer in enumerate(answers):
-        if answer.echo and not late[index]:
+        if answer.echo and not answer.scored:  # else it comes with its log-probabilities
             yield chunk(index, answer.echo)
     async for batch in work.batches():
         out = []
         for prompt, update in merged(batch):
             index = prompt * n + update.choice
             answer = answers[index]
-            text = (answer.echo if late[index] else "") + update.text
-            late[index] = False
-            logprobs = answer.lists(update)
+            text = (answer.echo if answer.scored else "") + update.text
+            logprobs = answer.logprobs_of(update)
             finish = _FINISH[update.finish] if update.finish is not None else None
             if text or logprobs or finish:
                 out.append(chunk(index, text, logprobs, finish))

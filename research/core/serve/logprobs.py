@@ -11,10 +11,10 @@ from research.core.text.tokenizer import Tokenizer
 
 def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
     text = tokenizer.token_bytes(token)
-    return {"token": text.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(text)}
+    return {"token": text.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(text)}
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
     """JSON has no infinities: a token that a constraint or filter ruled out has -9999, as in OpenAI's interface."""
     return max(float(logprob), -9999.0)
 
@@ -40,8 +40,8 @@ class CompletionLogprobs:
         for one in tokens:
             text = self._text(one.token)
             lists["tokens"].append(text)
-            lists["token_logprobs"].append(_finite(one.logprob))
-            lists["top_logprobs"].append({self._text(token): _finite(value) for token, value in one.top})
+            lists["token_logprobs"].append(finite(one.logprob))
+            lists["top_logprobs"].append({self._text(token): finite(value) for token, value in one.top})
             lists["text_offset"].append(self._offset)
             self._offset += len(text)
         return lists

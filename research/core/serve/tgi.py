@@ -14,6 +14,7 @@ from research.core.engine.api import Constraint, EngineRequest, TokenLogprob, Up
 from research.core.generation.sampling import Sampling
 from research.core.serve.errors import bad, tgi_payload
 from research.core.serve.events import EventStream, event
+from research.core.serve.logprobs import finite
 from research.core.serve.schema import Grammar, TgiParameters, TgiRequest
 from research.core.serve.service import Service, Work, with_seed
 
@@ -76,6 +77,8 @@ async def _submit(request: Request, body: TgiRequest) -> tuple[Work, EngineReque
     service: Service = request.app.state.service
     service.check_can_generate()
     asked = body.parameters
+    if asked.decoder_input_details and not asked.details:
+        raise bad("parameters.decoder_input_details", "is a part of the details: it needs details=true")
     request.state.entry.note(model=asked.adapter_id)
     adapter = service.adapter_of(asked.adapter_id)
     (ids,) = await service.encode([body.inputs])
@@ -154,7 +157,7 @@ class _Answer:
         if text is None:
             text = self._tokenizer.decode([token])
         special = token in self._tokenizer.hidden_ids
-        return {"id": token, "text": text, "logprob": max(float(logprob), -9999.0), "special": special}
+        return {"id": token, "text": text, "logprob": finite(logprob), "special": special}
 
     def text(self) -> str:
         return "".join(self._text)
@@ -164,7 +167,7 @@ class _Answer:
         if self._request.prompt_logprobs is None:
             return []
         first = self._request.prompt[0]
-        known = [(first, None), *((one.token, max(float(one.logprob), -9999.0)) for one in self._prompt)]
+        known = [(first, None), *((one.token, finite(one.logprob)) for one in self._prompt)]
         return [{"id": id, "text": self._tokenizer.decode([id]), "logprob": value} for id, value in known]
 
     def details(self) -> dict[str, Any]:

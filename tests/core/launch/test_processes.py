@@ -5,6 +5,7 @@ The ranks are small Python programs; what MindSpore does in their place is in te
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from research.core.launch.failure import Ending, cause
-from research.core.launch.member import Quiet
+from research.core.launch.member import Quiet, _copy
 
 # Runs two ranks of the program that is given, the first one shown.
 SUPERVISOR = """
@@ -100,6 +101,21 @@ def test_output_of_the_first_rank_is_shown_and_of_the_others_kept(group, tmp_pat
     assert out == "hello from 0\n" and err == "note 0\n"
     assert "hello from 1" in (tmp_path / "rank_1.log").read_text()
     assert sorted((tmp_path / "rank_0.log").read_text().split("\n")) == ["", "hello from 0", "note 0"]
+
+
+def test_a_line_without_an_end_does_not_wait_for_it_in_memory(tmp_path):
+    log, size = tmp_path / "log", 3 << 20
+
+    class Endless(io.BytesIO):
+        waiting = 0
+
+        def read1(self, count):
+            self.waiting = max(self.waiting, self.tell() - (log.stat().st_size if log.exists() else 0))
+            return super().read1(count)
+
+    source, shown = Endless(b"x" * size), io.StringIO()
+    _copy(source, shown, log, "")
+    assert log.stat().st_size == len(shown.getvalue()) == size and source.waiting < 2 << 20
 
 
 def test_a_failed_rank_ends_the_others_at_once_with_its_own_error(group, tmp_path):

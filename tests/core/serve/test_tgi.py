@@ -67,9 +67,14 @@ def test_errors_have_tgis_shape_and_info_says_the_limits(server):
         ({"tempature": 1}, "temperature"),
         ({"max_new_tokens": 10**6}, "parameters.max_new_tokens"),
         ({"grammar": {"type": "json", "value": "{"}}, "parameters.grammar.value"),
+        ({"decoder_input_details": True}, "needs details=true"),
     ):
         status, _, body = post(server, "/generate", {"inputs": "x", "parameters": parameters})
         assert status == 422 and body["error_type"] == "validation" and says in body["error"]
+    for name in ("decoder_input_details", "return_full_text"):
+        body = {"inputs": "x", "parameters": {"details": True, name: True}}
+        status, _, body = post(server, "/generate_stream", body)
+        assert status == 422 and f"parameters.{name}: is not possible in a stream" in body["error"]
     assert post(server, "/generate", {"inputs": "x", "parameters": {"adapter_id": "frensh"}})[0] == 404
     info = json.loads(get(server, "/info")[2])
     assert info["model_id"] == "qwen2_5_tiny" and info["max_total_tokens"] == 2048 and info["model_dtype"] == "float32"
